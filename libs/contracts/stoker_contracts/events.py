@@ -1,0 +1,47 @@
+"""Events for people and their tools: CloudEvents 1.0, JSON format. No service depends on them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from stoker_contracts.codec import Contract
+
+
+class CloudEvent(Contract, frozen=True, omit_defaults=False):
+    """One event, on `events.<area>.<what>` in the stream STOKER_EVENTS.
+
+    source: `/stoker/<service>/<name>`. Ordered per (source, bootid, sequence); a gap in `sequence` says
+    that events were lost. `bootid`, `sequence` and `traceparent` are CloudEvents extension attributes.
+    Source: CloudEvents 1.0.2, JSON event format and the Sequence and Distributed Tracing extensions.
+    """
+
+    LIMIT_BYTES: ClassVar[int] = 64 * 1024
+
+    id: str
+    source: str
+    type: str  # stoker.<area>.<what>
+    time: str  # RFC 3339, UTC
+    subject: str  # what it is about: a model, node or instance
+    bootid: str
+    sequence: str  # zero-padded decimal, so that it also sorts as text
+    data: dict[str, Any]
+    specversion: str = "1.0"
+    datacontenttype: str = "application/json"
+    traceparent: str = ""
+
+
+MODEL_REGISTERED = ("model", "registered")
+MODEL_DELETED = ("model", "deleted")
+NODE_JOINED = ("node", "joined")
+NODE_LEFT = ("node", "left")
+NODE_SILENT = ("node", "silent")
+INSTANCE_PLACED = ("instance", "placed")
+INSTANCE_STARTING = ("instance", "starting")
+INSTANCE_READY = ("instance", "ready")
+INSTANCE_STOPPING = ("instance", "stopping")
+INSTANCE_STOPPED = ("instance", "stopped")
+INSTANCE_FAILED = ("instance", "failed")
+TIER_FILLING = ("tier", "filling")
+TIER_FILLED = ("tier", "filled")
+TIER_EVICTED = ("tier", "evicted")
+TIER_REFUSED = ("tier", "refused")

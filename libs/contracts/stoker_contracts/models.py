@@ -1,0 +1,100 @@
+"""What a model, a device and an instance are, wherever they are spoken of."""
+
+from __future__ import annotations
+
+from stoker_contracts.codec import Contract, OpenEnum
+
+
+class EngineKind(OpenEnum):
+    VLLM = "vllm"
+    SIM = "sim"  # no model: a deterministic next token; control-plane tests and load only
+    UNKNOWN = "unknown"
+
+
+class DeviceKind(OpenEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+    UNKNOWN = "unknown"
+
+
+class Tier(OpenEnum):
+    REMOTE = "remote"
+    SSD = "ssd"
+    DRAM = "dram"
+    GPU = "gpu"
+    UNKNOWN = "unknown"
+
+
+class InstanceState(OpenEnum):
+    """starting → ready → stopping → stopped; failed from any of them."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+LIVE_STATES = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.STOPPING})
+
+
+class ModelOptions(Contract, frozen=True):
+    """What `stoker deploy` may set. None means: derived from the checkpoint."""
+
+    engine: EngineKind = EngineKind.VLLM
+    dtype: str = "auto"  # auto (the checkpoint's own) | bfloat16 | float16 | float32
+    max_model_len: int | None = None  # tokens
+    kv_cache_bytes: int | None = None
+    slots: int = 8  # requests in one engine batch
+    keep_alive_s: float = 60.0  # idle time after which an instance stops
+    queue_max: int = 64  # waiting requests per gateway
+    wait_s: float = 60.0  # how long a request waits for an instance
+
+
+class ModelSpec(Contract, frozen=True):
+    """A registered model, as the scheduler places it and an engine starts it."""
+
+    model_id: str  # one registration; never reused
+    name: str  # what requests say
+    source: str  # file:///… now; where its files come from
+    architecture: str  # e.g. LlamaForCausalLM
+    dtype: str  # as run: bfloat16 | float16 | float32
+    weight_bytes: int
+    max_model_len: int  # tokens, prompt and completion together
+    vocab_size: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: int
+    slots: int
+    engine: EngineKind = EngineKind.VLLM
+    keep_alive_s: float = 60.0
+    queue_max: int = 64
+    wait_s: float = 60.0
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that an instance needs: weights, KV cache, and a tenth on top for activations."""
+        return int((self.weight_bytes + self.kv_cache_bytes) * 1.1)
+
+
+class Device(Contract, frozen=True):
+    """One place where instances run: a GPU, or a CPU slot (a share of the node's cores and memory)."""
+
+    index: int
+    kind: DeviceKind
+    name: str
+    memory_bytes: int
+
+
+class StartPhases(Contract, frozen=True):
+    """Where an instance's start went, in milliseconds; consecutive, so they add up to `start_ms`."""
+
+    fork_ms: float = 0.0  # start command received → child running
+    lease_ms: float = 0.0  # waiting for the storage agent to have the files
+    load_ms: float = 0.0  # reading weights into the engine
+    engine_ms: float = 0.0  # everything else of the engine's construction
+    announce_ms: float = 0.0  # engine ready → state reported
+
+    @property
+    def start_ms(self) -> float:
+        return self.fork_ms + self.lease_ms + self.load_ms + self.engine_ms + self.announce_ms

@@ -1,0 +1,191 @@
+"""What services need of the database. `stoker_db.pg` and `stoker_db.memory` pass one contract suite.
+
+Every call raises DatabaseUnavailable (retryable) when Postgres cannot be reached. Calls are single
+transactions: they happen wholly or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Protocol
+
+import msgspec
+
+from stoker_contracts.control import TierStatus
+from stoker_contracts.models import Device, InstanceState, ModelSpec, StartPhases, Tier
+
+
+class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a model.
+
+    path: relative, no '..'.  digest: 'sha256:…' once known, then binding; '' before the first arrival.
+    content: the bytes of small files (tokenizer, configuration), so that a gateway needs no node; None for weights.
+    """
+
+    path: str
+    size_bytes: int
+    digest: str = ""
+    content: bytes | None = None
+
+
+class InstanceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Desired and actual state of one instance. `term` is the leader's that last wrote the desired state."""
+
+    instance_id: str
+    model_id: str
+    node: str
+    boot_id: str
+    devices: tuple[int, ...]
+    desired: InstanceState  # READY or STOPPED
+    actual: InstanceState
+    term: int
+    reason: str = ""
+    phases: StartPhases = StartPhases()
+    created_at: datetime | None = None  # set by the database
+
+
+class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    boot_id: str
+    devices: tuple[Device, ...] = ()
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of a model a tier of a node holds."""
+
+    model_id: str
+    node: str
+    tier: Tier
+    held_bytes: int
+
+
+class LoadObservation(msgspec.Struct, frozen=True, kw_only=True):
+    model_id: str
+    node: str
+    source: Tier
+    read_bytes: int
+    load_ms: float
+    wait_ms: float
+
+
+class Models(Protocol):
+    async def add(self, spec: ModelSpec, files: Sequence[ModelFile]) -> None:
+        """Raises ModelExists if the name is taken."""
+        ...
+
+    async def get(self, name: str) -> ModelSpec:
+        """By name. Raises ModelNotFound."""
+        ...
+
+    async def all(self) -> list[ModelSpec]:
+        """Ordered by name."""
+        ...
+
+    async def files(self, model_id: str, *, with_content: bool) -> list[ModelFile]:
+        """Ordered by path; contents left out unless asked for. Empty for an unknown model."""
+        ...
+
+    async def bind_digests(self, model_id: str, digests: dict[str, str]) -> None:
+        """Set digests of files (path → digest) that have none yet; a digest that is set stays.
+
+        Raises CorruptCheckpoint if one that is set differs.
+        """
+        ...
+
+    async def delete(self, name: str) -> ModelSpec:
+        """Forget a model, its files and placements. Raises ModelNotFound."""
+        ...
+
+
+class Nodes(Protocol):
+    async def register(self, node: NodeRow, *, replaces: str | None) -> None:
+        """Compare-and-set: the node's current boot id must be `replaces` (None: no such node yet). Raises NodeTaken."""
+        ...
+
+    async def get(self, name: str) -> NodeRow | None: ...
+
+    async def all(self) -> list[NodeRow]:
+        """Ordered by name."""
+        ...
+
+
+class Instances(Protocol):
+    async def desire(self, row: InstanceRow) -> None:
+        """Write desired state (insert, or update of desired, term and reason). Raises StaleTerm below the leader's term."""
+        ...
+
+    async def record(
+        self, instance_id: str, actual: InstanceState, *, reason: str = "", phases: StartPhases | None = None
+    ) -> None:
+        """Write actual state, as the worker reported it. Unknown ids are ignored."""
+        ...
+
+    async def live(self) -> list[InstanceRow]:
+        """Rows whose actual state is live, or whose desired state is READY and not failed; ordered by id."""
+        ...
+
+    async def recent(self, limit: int = 100) -> list[InstanceRow]:
+        """Newest first."""
+        ...
+
+
+class Tiers(Protocol):
+    async def place(self, placement: Placement) -> None:
+        """Insert or replace; held_bytes 0 removes."""
+        ...
+
+    async def placements(self, model_id: str | None = None) -> list[Placement]: ...
+
+    async def sample(self, node: str, tiers: Sequence[TierStatus]) -> None:
+        """Store one sample of tier metrics."""
+        ...
+
+    async def latest(self) -> list[tuple[str, TierStatus]]:
+        """(node, newest sample of each of its tiers)."""
+        ...
+
+    async def observe(self, observation: LoadObservation) -> None: ...
+
+    async def observations(self, limit: int = 100) -> list[LoadObservation]:
+        """Newest first."""
+        ...
+
+    async def prune(self, *, keep_s: float) -> int:
+        """Delete metric samples and observations older than keep_s; returns how many."""
+        ...
+
+
+class Leadership(Protocol):
+    """An advisory lock on a connection of its own, and the term that fences its holder."""
+
+    async def acquire(self, leader_id: str) -> int | None:
+        """Try to lead: the new term, or None while another leads. Taking the lock increments the term."""
+        ...
+
+    async def check(self) -> None:
+        """Ping the lock's connection. Raises LeadershipLost if it is gone."""
+        ...
+
+    async def release(self) -> None:
+        """Give the lock up. Idempotent."""
+        ...
+
+
+class Database(Protocol):
+    @property
+    def models(self) -> Models: ...
+    @property
+    def nodes(self) -> Nodes: ...
+    @property
+    def instances(self) -> Instances: ...
+    @property
+    def tiers(self) -> Tiers: ...
+
+    def leadership(self) -> Leadership: ...
+
+    async def ready(self) -> None:
+        """Raises DatabaseUnavailable unless a query is answered."""
+        ...
+
+    async def close(self) -> None: ...
