@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from enum import Enum
+from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,7 +17,7 @@ LIMIT_BYTES_MAX = 768 * 1024
 """No message type may declare more: NATS refuses payloads over 1 MB, headers included."""
 
 
-class OpenEnum(str, Enum):
+class OpenEnum(StrEnum):
     """An enum that decodes values of a newer version as `unknown` instead of failing."""
 
     @classmethod

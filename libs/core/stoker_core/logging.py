@@ -1,7 +1,7 @@
 """Structured logs: events with fields, one JSON object a line, the trace id on every line.
 
-    log = get_logger("worker")
-    log.info("load_done", model="smollm2-135m", bytes=269_000_000, duration_ms=412)
+log = get_logger("worker")
+log.info("load_done", model="smollm2-135m", bytes=269_000_000, duration_ms=412)
 """
 
 from __future__ import annotations

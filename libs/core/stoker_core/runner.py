@@ -109,7 +109,7 @@ def main(service: str, settings_type: type[S], serve: Callable[[S, asyncio.Event
         settings = load(settings_type)
         setup_logging(service, level=settings.log_level, log_format=settings.log_format, node=settings.node)
     except InvalidSettings as error:
-        print(f"stoker {service}: {error.message}", file=sys.stderr)
+        sys.stderr.write(f"stoker {service}: {error.message}\n")
         raise SystemExit(2) from error
     setup_tracing(service, **{"stoker.node": settings.node})
 
