@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 
@@ -32,9 +32,6 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     LIMIT_BYTES: ClassVar[int] = 64 * 1024
 
 
-C = TypeVar("C")
-
-
 @cache
 def _json_decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
@@ -57,15 +54,14 @@ def encode(message: Contract, *, subject: str = "") -> bytes:
     return data
 
 
-def decode(kind: type[C] | Any, data: bytes) -> C:
+def decode(kind: Any, data: bytes) -> Any:
     """A message of `kind` (a Contract or a union of them). Raises InvalidMessage naming the field."""
-    first = kind if isinstance(kind, type) else kind.__args__[0]
+    first: type[Contract] = get_args(kind)[0] if get_args(kind) else kind
     decoder = _msgpack_decoder(kind) if first.FORMAT == "msgpack" else _json_decoder(kind)
     try:
-        decoded: C = decoder.decode(data)
+        return decoder.decode(data)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise InvalidMessage(f"{getattr(kind, '__name__', kind)}: {error}") from error
-    return decoded
 
 
 def pack_tokens(ids: Iterable[int]) -> bytes:
