@@ -1,0 +1,168 @@
+"""The zygote: a process with every import paid that forks instances.
+
+It does no tensor operation, opens no CUDA context and has one OS thread: OpenMP pools and other threads
+do not survive a fork, and a child that meets their locks hangs. `gc.freeze` keeps children from walking
+and copying its objects, which halves their start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+from stoker_contracts.models import EngineKind
+from stoker_worker.instance.main import run_instance
+from stoker_worker.processes import die_with_parent, set_name
+from stoker_worker.wire import (
+    PACKET_BYTES_MAX,
+    ChildExited,
+    Fork,
+    Forked,
+    ForkRefused,
+    Preload,
+    ToZygote,
+    ZygoteReady,
+    pack,
+    unpack,
+)
+
+_PRELOADED = {
+    EngineKind.VLLM: (
+        "stoker_worker.engines.vllm",
+        "vllm.v1.engine.core",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.model_executor.models.llama",
+    ),
+    EngineKind.SIM: ("stoker_worker.engines.sim",),
+}
+_PRELOADED_CUDA = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
+
+
+def os_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _preload(architecture: str) -> None:
+    from vllm import ModelRegistry
+
+    entry = ModelRegistry.models.get(architecture)
+    module = getattr(entry, "module_name", None)
+    if module:
+        importlib.import_module(module)
+
+
+class Zygote:
+    def __init__(self, control: socket.socket, *, wake: int) -> None:
+        self._control, self._wake = control, wake
+        self._children: dict[int, str] = {}
+
+    def run(self) -> None:
+        """Serve the worker until it is gone."""
+        while True:
+            readable, _, _ = select.select([self._control.fileno(), self._wake], [], [])
+            if self._wake in readable:
+                os.read(self._wake, 512)
+                self._reap()
+            if self._control.fileno() in readable and not self._serve_one():
+                return
+
+    def _serve_one(self) -> bool:
+        packet, fds, _, _ = socket.recv_fds(self._control, PACKET_BYTES_MAX, 1)
+        if not packet:
+            return False
+        match unpack(ToZygote, packet):
+            case Fork() as fork:
+                self._fork(fork, fds[0])
+                os.close(fds[0])
+            case Preload(architecture=architecture):
+                try:
+                    _preload(architecture)
+                except ImportError as error:
+                    # Its first start will say the same to whoever asked for it.
+                    sys.stderr.write(f"zygote: cannot preload {architecture}: {error}\n")
+                gc.collect()
+                gc.freeze()
+        return True
+
+    def _fork(self, fork: Fork, channel: int) -> None:
+        instance_id = fork.config.instance_id
+        threads = os_threads()
+        if threads != 1:
+            self._send(ForkRefused(instance_id=instance_id, reason=f"the zygote has {threads} OS threads, not one"))
+            return
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_instance(fork, channel, parent)
+        self._children[pid] = instance_id
+        self._send(Forked(instance_id=instance_id, pid=pid))
+
+    def _become_instance(self, fork: Fork, channel: int, parent: int) -> NoReturn:
+        code = 1
+        try:  # the child must never return into the zygote's code
+            die_with_parent(parent)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._control.close()
+            os.close(self._wake)
+            code = run_instance(fork.config, socket.socket(fileno=channel))
+        except BaseException:  # noqa: BLE001 - nothing may unwind into the zygote's frames
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            instance_id = self._children.pop(pid, None)
+            if instance_id:
+                self._send(ChildExited(instance_id=instance_id, status=os.waitstatus_to_exitcode(status)))
+
+    def _send(self, message: ZygoteReady | Forked | ForkRefused | ChildExited) -> None:
+        self._control.send(pack(message))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine", required=True, type=EngineKind)
+    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--fd", required=True, type=int)
+    parser.add_argument("--parent", required=True, type=int)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    set_name(f"zygote:{arguments.engine}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the worker's to handle
+    control = socket.socket(fileno=arguments.fd)
+    control.set_inheritable(False)
+
+    began = time.monotonic()
+    for module in _PRELOADED[arguments.engine]:
+        importlib.import_module(module)
+    if arguments.cuda and arguments.engine == EngineKind.VLLM:
+        for module in _PRELOADED_CUDA:
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    control.send(pack(ZygoteReady(import_ms=(time.monotonic() - began) * 1e3)))
+    Zygote(control, wake=wake_read).run()
+    os._exit(0)  # the worker is gone; tearing down every imported library would only delay the kernel
+
+
+if __name__ == "__main__":
+    main()
