@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from stoker_contracts import PROTOCOL_MINOR
 from stoker_contracts.codec import LIMIT_BYTES_MAX, Contract
 from stoker_contracts.models import Device, InstanceState, ModelOptions, ModelSpec, StartPhases, Tier
 
@@ -120,7 +119,7 @@ class WorkerStatus(Contract, frozen=True, tag="worker_status"):
     prepared: tuple[str, ...] = ()  # architectures whose first start is paid
     zygote_ready: bool = False
     draining: bool = False
-    protocol: int = PROTOCOL_MINOR
+    protocol: int = 0  # the sender's PROTOCOL_MINOR; a default is not sent, so this one stays 0 for ever
 
 
 TermReply = WorkerStatus | Failed
@@ -158,7 +157,7 @@ class StoreStatus(Contract, frozen=True):
     seq: int
     tiers: tuple[TierStatus, ...]
     held: tuple[HeldModel, ...] = ()
-    protocol: int = PROTOCOL_MINOR
+    protocol: int = 0  # the sender's PROTOCOL_MINOR; a default is not sent, so this one stays 0 for ever
 
 
 class RegisterModel(Contract, frozen=True):

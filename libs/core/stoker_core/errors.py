@@ -55,6 +55,20 @@ class Disconnected(BusError):
     code = "bus_disconnected"
 
 
+class BusRefused(BusError):
+    """The message bus refused the credentials."""
+
+    code = "bus_refused"
+    retryable = False
+
+
+class BusLost(BusError):
+    """The message bus cannot be reached again by this process."""
+
+    code = "bus_lost"
+    retryable = False
+
+
 class NoResponders(BusError):
     """Nobody listens on a subject."""
 
@@ -249,3 +263,60 @@ class SetupFailed(StokerError):
     """A local server or the demo model could not be prepared."""
 
     code = "setup_failed"
+
+
+class AlreadyRunning(StokerError):
+    """A local system runs in this home already."""
+
+    code = "already_running"
+
+
+class NotRunning(StokerError):
+    """There is no running system to talk to."""
+
+    code = "not_running"
+    retryable = True
+
+
+class ApiFailed(StokerError):
+    """A gateway refused a request."""
+
+    code = "api_failed"
+
+    def __init__(self, message: str, *, status: int, remote_code: str = "") -> None:
+        self.status, self.remote_code = status, remote_code
+        super().__init__(message)
+
+
+class TokenizerFailed(StokerError):
+    """A model's tokenizer cannot be loaded."""
+
+    code = "tokenizer_failed"
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model, self.reason = model, reason
+        super().__init__(f"the tokenizer of {model!r} cannot be loaded: {reason}")
+
+
+class ClientTooSlow(StokerError):
+    """A client reads its stream more slowly than it is made, and the buffer for it is full."""
+
+    code = "client_too_slow"
+
+
+class StorageFailed(StokerError):
+    """A node's disk could not be written or read."""
+
+    code = "storage_failed"
+    retryable = True
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+class NoNode(StokerError):
+    """No live node can do this."""
+
+    code = "no_node"
+    retryable = True

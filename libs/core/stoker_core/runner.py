@@ -52,18 +52,25 @@ async def run_parts(parts: Sequence[Part], stop: asyncio.Event, *, drain_s: floa
         for part in parts:
             if part.stop_intake:
                 part.stop_intake()
-        drains = [asyncio.ensure_future(part.drain()) for part in parts if part.drain]
-        if drains:
-            _, late = await asyncio.wait(drains, timeout=drain_s)
-            for task in late:
-                task.cancel()
-            failures = [d for d in await asyncio.gather(*drains, return_exceptions=True) if isinstance(d, Exception)]
-            for failure in failures:
-                log.warning("drain_failed", error=str(failure))
-            if late:
-                log.warning("drain_timeout", drain_s=drain_s, unfinished=len(late))
+        await _drain(parts, drain_s)
         for task in tasks:
             task.cancel()
+
+
+async def _drain(parts: Sequence[Part], drain_s: float) -> None:
+    drains = [asyncio.ensure_future(part.drain()) for part in parts if part.drain]
+    if not drains:
+        return
+    try:
+        _, late = await asyncio.wait(drains, timeout=drain_s)
+    finally:
+        for drain in drains:  # also those that a crashing part leaves behind
+            drain.cancel()
+    for outcome in await asyncio.gather(*drains, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            log.warning("drain_failed", error=str(outcome))
+    if late:
+        log.warning("drain_timeout", drain_s=drain_s, unfinished=len(late))
 
 
 async def every(

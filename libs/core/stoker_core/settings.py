@@ -86,8 +86,9 @@ def load(settings: type[S], env: Mapping[str, str] | None = None) -> S:
         if key in keys:
             raw[keys[key]] = value
         elif key.startswith("STOKER_") and not key.startswith(others):
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            # Compared without the prefix that all share, or any two keys would look alike.
+            near = difflib.get_close_matches(key[len("STOKER_") :], [known[len("STOKER_") :] for known in keys], n=1)
+            hint = f"; did you mean STOKER_{near[0]}?" if near else ""
             raise InvalidSettings(f"unknown setting {key}{hint}")
     try:
         loaded = msgspec.convert(raw, settings, strict=False, dec_hook=_decode)
