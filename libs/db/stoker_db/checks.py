@@ -1,0 +1,31 @@
+"""What both implementations refuse before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from stoker_core.errors import CorruptCheckpoint, RefusedCheckpoint
+from stoker_db.ports import ModelFile
+
+
+def check_files(files: Sequence[ModelFile]) -> None:
+    """Raises RefusedCheckpoint for a path that is empty, absolute, leaves its root or repeats, and for a negative size."""
+    seen: set[str] = set()
+    for file in files:
+        path = PurePosixPath(file.path)
+        if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in file.path or str(path) != file.path:
+            raise RefusedCheckpoint(file.path, "is no plain relative path")
+        if file.path in seen:
+            raise RefusedCheckpoint(file.path, "is listed twice")
+        if file.size_bytes < 0:
+            raise RefusedCheckpoint(file.path, f"has a size of {file.size_bytes} bytes")
+        seen.add(file.path)
+
+
+def check_digests(bound: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Raises CorruptCheckpoint if one of `digests` differs from what is `bound` to its path ('': nothing yet)."""
+    for path, digest in sorted(digests.items()):
+        known = bound.get(path, "")
+        if known and known != digest:
+            raise CorruptCheckpoint(path, f"has digest {digest}; {known} was registered")
