@@ -1,0 +1,1 @@
+"""What a checkpoint holds and whether it can be served: safetensors headers, directories, model configurations."""

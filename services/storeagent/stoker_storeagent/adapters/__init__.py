@@ -1,0 +1,1 @@
+"""What touches the disk and the database on behalf of the storage agent."""

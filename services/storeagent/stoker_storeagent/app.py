@@ -1,0 +1,117 @@
+"""The composition root: the one place where the storage agent's concrete parts are chosen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from stoker_bus.events import EventPublisher
+from stoker_bus.nats import NatsBus
+from stoker_bus.port import Bus
+from stoker_contracts import subjects
+from stoker_contracts.control import STATUS_INTERVAL_S
+from stoker_core.clock import Clock, SystemClock
+from stoker_core.ids import Ids, RandomIds
+from stoker_core.runner import Part, every, run_parts
+from stoker_db.pg import PgDatabase
+from stoker_db.ports import Database, LoadObservation
+from stoker_storeagent.adapters.catalogue import DatabaseCatalogue
+from stoker_storeagent.adapters.ssd import SsdDirectory
+from stoker_storeagent.filler import Filler
+from stoker_storeagent.handlers import Handlers
+from stoker_storeagent.leases import LeaseServer, close, listen
+from stoker_storeagent.loops import FLUSH_S, PRUNE_S, RECONCILE_S, Keeper, Reporter
+from stoker_storeagent.register import Registrar
+from stoker_storeagent.settings import StoreagentSettings
+from stoker_storeagent.sources import Sources
+from stoker_storeagent.tier import SsdTier
+
+REGISTER_CONCURRENCY = 2
+POSTGRES_POOL = 4
+
+
+async def serve(settings: StoreagentSettings, stop: asyncio.Event) -> None:
+    """Run until `stop`. Raises InvalidSettings, Disconnected, StorageFailed."""
+    bus = await NatsBus.connect(settings.nats_url, name=f"storeagent {settings.node}")
+    # Not awaited: what is on the SSD is leased whether or not the database is there.
+    database = PgDatabase(settings.postgres_url, pool_size=POSTGRES_POOL)
+    try:
+        parts = await assemble(settings, bus, database, SystemClock(), RandomIds())
+        await run_parts(parts, stop, drain_s=settings.drain_s)
+    finally:
+        await bus.close()
+        await database.close()
+
+
+async def assemble(
+    settings: StoreagentSettings, bus: Bus, database: Database, clock: Clock, ids: Ids
+) -> Sequence[Part]:
+    """Open the tier and the socket, and return what runs. Raises InvalidSettings, StorageFailed."""
+    node, boot_id = settings.node, ids.new("boot")
+    sources = Sources(settings.allowed_root_paths)
+    report_now, reconcile_now, flush_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def held_changed() -> None:
+        report_now.set()
+        reconcile_now.set()
+
+    # First, because it shows whether this node has a storage agent already, whose directory must be left alone.
+    listener = listen(settings.socket_path)
+    try:
+        events = EventPublisher(bus, service="storeagent", name=node, boot_id=boot_id, clock=clock, ids=ids)
+        ssd = SsdDirectory(settings.ssd_path, ids)
+        filler = Filler(ssd, sources, copies_at_once=settings.copies_at_once, chunk_bytes=settings.copy_chunk_bytes)
+        tier = SsdTier(
+            ssd,
+            filler,
+            DatabaseCatalogue(database),
+            events,
+            clock,
+            capacity_bytes=settings.ssd_capacity_bytes,
+            changed=held_changed,
+        )
+        await tier.open()
+    except BaseException:
+        close(listener)
+        raise
+    keeper = Keeper(database, tier, node=node, keep_s=settings.metric_keep_s)
+    reporter = Reporter(bus, tier, node=node, boot_id=boot_id)
+
+    def observed(observation: LoadObservation) -> None:
+        keeper.observe(observation)
+        flush_now.set()
+
+    server = LeaseServer(
+        tier,
+        listener,
+        node=node,
+        leases_max=settings.leases_max,
+        observe=observed,
+        changed=report_now.set,
+    )
+    handlers = Handlers(bus, Registrar(database.models, sources, events, ids))
+
+    async def answer_registrations() -> None:
+        subscription = await bus.subscribe(
+            subjects.store_register(node), handlers.register, concurrency=REGISTER_CONCURRENCY
+        )
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await subscription.stop()
+
+    return [
+        events.part(),
+        tier.part(),
+        server.part(),
+        Part("register", answer_registrations),
+        Part("status", lambda: every(STATUS_INTERVAL_S, reporter.report, clock, name="status", wake=report_now)),
+        Part("reconcile", lambda: every(RECONCILE_S, keeper.reconcile, clock, name="reconcile", wake=reconcile_now)),
+        Part(
+            "observations",
+            lambda: every(FLUSH_S, keeper.flush, clock, name="observations", wake=flush_now),
+            drain=keeper.flush,
+        ),
+        Part("samples", lambda: every(settings.metric_sample_s, keeper.sample, clock, name="samples")),
+        Part("prune", lambda: every(PRUNE_S, keeper.prune, clock, name="prune")),
+    ]

@@ -1,0 +1,56 @@
+"""Settings of the storage agent: `STOKER_STOREAGENT_<FIELD>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from stoker_core.errors import InvalidSettings
+from stoker_core.settings import SharedSettings
+
+SOCKET_PATH_BYTES_MAX = 100
+"""Linux takes 107; the rest is left to what tools append."""
+
+
+class StoreagentSettings(SharedSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    SCOPE: ClassVar[str] = "storeagent"
+
+    ssd_capacity_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: 80% of what is free or held already
+    ssd_dir: str = ""  # default: <home>/nodes/<node>/ssd
+    socket: str = ""  # default: <home>/nodes/<node>/store.sock
+    allowed_roots: str = "/"  # absolute directories joined by ':'; models are registered from under these only
+    copies_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2  # files
+    copy_chunk_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 8 * 1024 * 1024
+    leases_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256  # open connections
+    metric_sample_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    metric_keep_s: Annotated[float, msgspec.Meta(gt=0)] = 7 * 24 * 3600.0
+
+    @property
+    def ssd_path(self) -> Path:
+        return Path(self.ssd_dir).expanduser().absolute() if self.ssd_dir else self._node_dir / "ssd"
+
+    @property
+    def socket_path(self) -> Path:
+        """Raises InvalidSettings if it is too long for a Unix socket."""
+        path = Path(self.socket).expanduser().absolute() if self.socket else self._node_dir / "store.sock"
+        size_bytes = len(str(path).encode())
+        if size_bytes > SOCKET_PATH_BYTES_MAX:
+            raise InvalidSettings(
+                f"the socket's path {path} has {size_bytes} bytes; a Unix socket may have {SOCKET_PATH_BYTES_MAX}. "
+                "Set STOKER_STOREAGENT_SOCKET or a shorter STOKER_HOME"
+            )
+        return path
+
+    @property
+    def allowed_root_paths(self) -> tuple[Path, ...]:
+        """Raises InvalidSettings unless there is one and all are absolute."""
+        roots = tuple(Path(root) for root in self.allowed_roots.split(":") if root)
+        if not roots or not all(root.is_absolute() for root in roots):
+            raise InvalidSettings("STOKER_STOREAGENT_ALLOWED_ROOTS: must be absolute directories joined by ':'")
+        return roots
+
+    @property
+    def _node_dir(self) -> Path:
+        return self.home / "nodes" / self.node

@@ -1,0 +1,273 @@
+"""The storage agent as a process, with real NATS and PostgreSQL."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.support.lease_client import lease_client
+from tests.support.postgres_server import RestartableServer
+from tests.support.services import ServiceProcess, eventually, running
+from tests.support.tiny_model import write_tiny_model
+
+from stoker_bus.nats import NatsBus
+from stoker_bus.port import Message, ask
+from stoker_contracts import subjects
+from stoker_contracts.codec import decode, encode
+from stoker_contracts.control import Failed, Registered, RegisterModel, RegisterReply, StoreStatus
+from stoker_contracts.models import Tier
+from stoker_contracts.storage import LeaseRequest
+from stoker_core.errors import NoResponders
+from stoker_db.pg import PgDatabase
+
+NODE = "node-a"
+
+
+@dataclass
+class System:
+    """A storage agent that runs, and what a gateway and the database see of it."""
+
+    environment: dict[str, str]
+    log: Path
+    process: ServiceProcess
+    bus: NatsBus
+    database: PgDatabase
+    statuses: list[StoreStatus]
+
+    @property
+    def socket(self) -> Path:
+        return Path(self.environment["STOKER_HOME"]) / "nodes" / NODE / "store.sock"
+
+    @property
+    def ssd(self) -> Path:
+        return self.socket.parent / "ssd"
+
+    async def register(self, name: str, source: Path) -> Registered | Failed:
+        order = RegisterModel(name=name, source=source.as_uri())
+        while True:
+            try:
+                reply: Registered | Failed = await ask(
+                    self.bus, subjects.store_register(NODE), order, RegisterReply, timeout_s=20.0
+                )
+                return reply
+            except NoResponders:  # it is still starting
+                await asyncio.sleep(0.05)
+
+    async def leases(self, count: int) -> None:
+        await eventually(
+            lambda: [h.leases for h in self.statuses[-1].held] == [count] if self.statuses else False,
+            what=f"{count} leases in the status",
+        )
+
+
+@pytest.fixture
+def environment(nats_url: str, postgres_url: str, tmp_path: Path) -> dict[str, str]:
+    return {
+        "STOKER_HOME": str(tmp_path / "h"),
+        "STOKER_NODE": NODE,
+        "STOKER_NATS_URL": nats_url,
+        "STOKER_POSTGRES_URL": postgres_url,
+        "STOKER_LOG_FORMAT": "json",
+        "STOKER_STOREAGENT_METRIC_SAMPLE_S": "0.2",
+    }
+
+
+@pytest.fixture
+def process(environment: dict[str, str], tmp_path: Path) -> Iterator[ServiceProcess]:
+    with running("stoker_storeagent", environment, tmp_path / "log") as service:
+        yield service
+
+
+@pytest.fixture
+async def system(process: ServiceProcess, environment: dict[str, str], tmp_path: Path) -> AsyncIterator[System]:
+    bus = await NatsBus.connect(environment["STOKER_NATS_URL"], name="test")
+    database = await PgDatabase.connect(environment["STOKER_POSTGRES_URL"])
+    statuses: list[StoreStatus] = []
+
+    async def hear(message: Message) -> None:
+        statuses.append(decode(StoreStatus, message.data))
+
+    await bus.subscribe(subjects.STATUS_STORE_ALL, hear)
+    yield System(environment, tmp_path / "log", process, bus, database, statuses)
+    await bus.close()
+    await database.close()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model", shards=2)
+
+
+async def test_from_registration_over_a_lease_to_status_placement_and_events(system: System, model: Path) -> None:
+    reply = await system.register("tiny", model)
+    assert isinstance(reply, Registered), reply
+    again = await system.register("tiny", model)
+    assert isinstance(again, Registered)
+    assert (again.model, again.created) == (reply.model, False)
+
+    async with lease_client(system.socket) as client:
+        granted = await client.lease(reply.model.model_id)
+        assert granted.source is Tier.REMOTE
+        assert (Path(granted.path) / "config.json").read_bytes() == (model / "config.json").read_bytes()
+        await system.leases(1)
+        await client.used(load_ms=12.5, read_bytes=granted.total_bytes)
+    await system.leases(0)
+    assert {s.node for s in system.statuses} == {NODE}
+
+    async def recorded() -> bool:
+        placements = await system.database.tiers.placements(reply.model.model_id)
+        samples = {t.tier: t for node, t in await system.database.tiers.latest() if node == NODE}
+        loads = await system.database.tiers.observations()
+        return (
+            [(p.node, p.tier, p.held_bytes) for p in placements] == [(NODE, Tier.SSD, reply.total_bytes)]
+            and Tier.SSD in samples
+            and samples[Tier.SSD].used_bytes == reply.total_bytes
+            and [(o.load_ms, o.read_bytes) for o in loads] == [(12.5, reply.total_bytes)]
+        )
+
+    await eventually(recorded, what="placement, sample and observation in Postgres")
+    files = await system.database.models.files(reply.model.model_id, with_content=False)
+    assert len(files) == reply.files
+    assert all(file.digest.startswith("sha256:") for file in files)
+
+    assert await event_types(system, 3) == ["stoker.model.registered", "stoker.tier.filling", "stoker.tier.filled"]
+
+    assert system.process.terminate() == 0
+    assert not system.socket.exists()
+
+
+async def event_types(system: System, count: int) -> list[str]:
+    async with asyncio.timeout(20):
+        types: list[str] = []
+        async for event in system.bus.follow(subjects.EVENTS_ALL, since_sequence=1):
+            types.append(json.loads(event.data)["type"])
+            if len(types) == count:
+                return types
+    raise AssertionError("the stream ended")
+
+
+async def test_a_refused_directory_leaves_no_rows(system: System, tmp_path: Path) -> None:
+    pickled = write_tiny_model(tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    shardless = write_tiny_model(tmp_path / "shardless", shards=2)
+    (shardless / "model-00002-of-00002.safetensors").unlink()
+    broken = write_tiny_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\xff" * 64)
+    for source, code, reason in (
+        (pickled, "refused_checkpoint", "pickle"),
+        (shardless, "refused_checkpoint", "shards are missing"),
+        (broken, "corrupt_checkpoint", "header length"),
+        (tmp_path / "nowhere", "refused_checkpoint", "No such file"),
+    ):
+        reply = await system.register("tiny", source)
+        assert isinstance(reply, Failed)
+        assert (reply.code, reply.retryable) == (code, False)
+        assert reason in reply.message
+    nameless = await system.register("../tiny", pickled)
+    assert isinstance(nameless, Failed)
+    assert nameless.code == "invalid_model_name"
+    assert await system.database.models.all() == []
+
+
+async def test_a_source_that_changed_after_registration_is_not_served(system: System, model: Path) -> None:
+    reply = await system.register("tiny", model)
+    assert isinstance(reply, Registered)
+    (model / "generation_config.json").write_text('{"_from_model_config": tru}')
+    async with lease_client(system.socket) as client:
+        refusal = await client.refused(reply.model.model_id)
+    assert refusal.code == "corrupt_checkpoint"
+    assert list(system.ssd.iterdir()) == []
+    assert await system.database.tiers.placements() == []
+
+
+CLIENT = """
+import socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.connect(sys.argv[1])
+link.sendall(sys.argv[2].encode() + b"\\n")
+for line in link.makefile("rb"):
+    if b"granted" in line:
+        print("granted", flush=True)
+"""
+
+
+async def test_a_killed_process_frees_its_lease(system: System, model: Path) -> None:
+    reply = await system.register("tiny", model)
+    assert isinstance(reply, Registered)
+    request = encode(LeaseRequest(model_id=reply.model.model_id, instance_id="i")).decode()
+    child = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, str(system.socket), request], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert await asyncio.to_thread(child.stdout.readline) == "granted\n"
+        await system.leases(1)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(child.wait)
+    await system.leases(0)
+
+
+async def test_while_postgres_is_down_what_is_here_is_leased_and_the_rest_answered(
+    system: System, model: Path, postgres_server: RestartableServer
+) -> None:
+    reply = await system.register("tiny", model)
+    other = await system.register("other", model)
+    assert isinstance(reply, Registered)
+    assert isinstance(other, Registered)
+    async with lease_client(system.socket) as client:
+        await client.lease(reply.model.model_id)
+    postgres_server.kill()
+
+    async with lease_client(system.socket) as client:
+        granted = await client.lease(reply.model.model_id)
+        assert granted.source is Tier.SSD
+        await client.used(load_ms=3.0, read_bytes=7)
+    async with lease_client(system.socket) as client:
+        refusal = await client.refused(other.model.model_id)
+        assert (refusal.code, refusal.retryable) == ("database_unavailable", True)
+    failed = await system.register("third", model)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.retryable) == ("database_unavailable", True)
+
+    postgres_server.start()  # not in a thread: the server dies with the thread that started it
+
+    async def caught_up() -> bool:
+        return [o.read_bytes for o in await system.database.tiers.observations()] == [7]
+
+    await eventually(caught_up, what="the observation that waited")
+    async with lease_client(system.socket) as client:
+        await client.lease(other.model.model_id)
+    assert system.process.process.poll() is None
+
+
+async def test_after_kill_9_the_copy_is_adopted_and_the_socket_taken_over(system: System, model: Path) -> None:
+    reply = await system.register("tiny", model)
+    assert isinstance(reply, Registered)
+    async with lease_client(system.socket) as client:
+        await client.lease(reply.model.model_id)
+        system.process.kill()
+        assert await client.answer() is None
+    (system.ssd / ".tmp-model-half-copy").mkdir()
+    system.statuses.clear()
+    with running("stoker_storeagent", system.environment, system.log):
+        await system.leases(0)
+        async with lease_client(system.socket) as client:
+            assert (await client.lease(reply.model.model_id)).source is Tier.SSD
+        assert [path.name for path in system.ssd.iterdir()] == [reply.model.model_id]
+    assert len({status.boot_id for status in system.statuses}) == 1
+
+
+async def test_a_second_agent_of_the_same_node_does_not_start(system: System, tmp_path: Path) -> None:
+    await eventually(lambda: bool(system.statuses), what="the first agent")
+    with running("stoker_storeagent", system.environment, tmp_path / "second") as second:
+        assert await asyncio.to_thread(second.process.wait, 30) == 1
+        assert "another storage agent listens" in second.log_text()
+    assert system.process.process.poll() is None
+    async with lease_client(system.socket) as client:
+        assert (await client.refused("model-none")).code == "model_not_found"

@@ -1,0 +1,177 @@
+import json
+import struct
+from typing import Any
+
+import pytest
+import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stoker_checkpoint.header import DTYPE_BITS, HEADER_BYTES_MAX, Shard, header_length, parse_header
+from stoker_core.errors import CorruptCheckpoint
+
+
+def parse(data: bytes) -> Shard:
+    length = header_length("m.safetensors", data[:8], len(data))
+    return parse_header("m.safetensors", "m.safetensors", data[8 : 8 + length], len(data))
+
+
+def reference(data: bytes) -> list[tuple[str, dict[str, Any]]]:
+    tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    return tensors
+
+
+def file(header: Any, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
+
+
+NESTED = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+MALFORMED = {
+    "empty file": (b"", "too few"),
+    "shorter than its prefix": (b"\0" * 7, "too few"),
+    "header longer than the file": (struct.pack("<Q", 100) + b"{}", "exceeds the file's 10 bytes"),
+    "header over the limit": (struct.pack("<Q", HEADER_BYTES_MAX + 1), "over the limit"),
+    "header length of all ones": (b"\xff" * 8 + b"{}", "over the limit"),
+    "no header at all": (struct.pack("<Q", 0), "does not begin with"),
+    "space before the header": (file(b" {}"), "does not begin with"),
+    "a list": (file(b"[]"), "does not begin with"),
+    "cut JSON": (file(b'{"a":'), "no valid JSON"),
+    "two values": (file(b"{}{}"), "no valid JSON"),
+    "no UTF-8": (file(b'{"\xff":1}'), "no valid JSON"),
+    "nested too deep": (file(NESTED), "nested too deep"),
+    "a name twice": (file(b'{"a":{"dtype":"F32"},"a":{"dtype":"F32"}}'), "'a' occurs twice"),
+    "a field twice": (file(b'{"a":{"dtype":"F32","dtype":"F16"}}'), "'dtype' occurs twice"),
+    "NaN": (file(b'{"a":NaN}'), "no integer"),
+    "negative": (file({"a": entry(shape=[-2])}, b"\0" * 8), "natural"),
+    "minus zero": (file(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'), "natural"),
+    "a digit too many": (file(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}"), "natural"),
+    "a fraction": (file({"a": entry(shape=[2.0])}, b"\0" * 8), "no integer"),
+    "half a surrogate": (file(b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8), "UTF-8"),
+    "metadata that is no map": (file({"__metadata__": "x"}), "no map of strings"),
+    "metadata of numbers": (file({"__metadata__": {"n": 1}}), "no map of strings"),
+    "an entry that is no map": (file({"a": 1}), "exactly dtype"),
+    "no offsets": (file({"a": {"dtype": "F32", "shape": [2]}}), "exactly dtype"),
+    "a field too many": (file({"a": entry(extra=1)}, b"\0" * 8), "exactly dtype"),
+    "unknown dtype": (file({"a": entry(dtype="F31")}, b"\0" * 8), "unknown dtype 'F31'"),
+    "dtype of another type": (file({"a": entry(dtype=[])}, b"\0" * 8), "unknown dtype"),
+    "shape of booleans": (file({"a": entry(shape=[True, True])}, b"\0" * 8), "natural"),
+    "shape that is no list": (file({"a": entry(shape=2)}, b"\0" * 8), "natural"),
+    "one offset": (file({"a": entry(offsets=[0])}, b"\0" * 8), "no pair"),
+    "offsets the wrong way": (file({"a": entry(offsets=[8, 0])}, b"\0" * 8), "outside"),
+    "offsets past the end": (file({"a": entry(shape=[4], offsets=[0, 16])}, b"\0" * 8), "outside its 8 bytes"),
+    "shape larger than its bytes": (file({"a": entry(shape=[3])}, b"\0" * 8), "is 12 bytes"),
+    "shape smaller than its bytes": (file({"a": entry(shape=[1])}, b"\0" * 8), "is 4 bytes"),
+    "shape that overflows": (file({"a": entry(shape=[2**63, 2**63])}, b"\0" * 8), "overflows"),
+    "shape that overflows before its zero": (file({"a": entry(shape=[2**63, 2**63, 0], offsets=[0, 0])}), "overflows"),
+    "half a byte": (file({"a": entry(dtype="F4", shape=[3], offsets=[0, 1])}, b"\0"), "1.5 bytes"),
+    "overlap": (file({"a": entry(), "b": entry(offsets=[4, 12])}, b"\0" * 12), "overlaps"),
+    "the same place twice": (file({"a": entry(), "b": entry()}, b"\0" * 8), "overlaps"),
+    "hole": (file({"a": entry(), "b": entry(offsets=[12, 20])}, b"\0" * 20), "hole"),
+    "hole at the start": (file({"a": entry(offsets=[4, 12])}, b"\0" * 12), "hole"),
+    "data that nobody owns": (file({"a": entry()}, b"\0" * 9), "1 bytes at byte"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_file_is_corrupt_with_the_reason(name: str) -> None:
+    data, reason = MALFORMED[name]
+    with pytest.raises(CorruptCheckpoint, match=reason) as caught:
+        parse(data)
+    assert caught.value.path == "m.safetensors"
+    assert len(caught.value.message) < 1000
+
+
+def test_offsets_count_from_the_start_of_the_file() -> None:
+    data = file({"__metadata__": {"format": "pt"}, "b": entry(offsets=[8, 16]), "a": entry()}, b"\0" * 16)
+    shard = parse(data)
+    begin = len(data) - 16
+    assert shard.data_offset_bytes == begin
+    assert [(t.name, t.offset_bytes, t.size_bytes, t.shape) for t in shard.tensors] == [
+        ("a", begin, 8, (2,)),
+        ("b", begin + 8, 8, (2,)),
+    ]
+    assert shard.metadata == {"format": "pt"}
+
+
+def test_scalars_empty_tensors_and_padding_are_fine() -> None:
+    header = json.dumps({"s": entry(shape=[], offsets=[0, 4]), "z": entry(shape=[0, 5], offsets=[4, 4])}).encode()
+    assert {t.name for t in parse(file(header + b"   ", b"\0" * 4)).tensors} == {"s", "z"}
+
+
+def test_every_dtype_of_the_reference_is_known() -> None:
+    for dtype, bits in DTYPE_BITS.items():
+        data = file({"a": entry(dtype=dtype, shape=[8], offsets=[0, bits])}, b"\0" * bits)
+        reference(data)
+        assert parse(data).tensors[0].size_bytes == bits
+
+
+@st.composite
+def valid_files(draw: st.DrawFn) -> bytes:
+    names = draw(st.lists(st.text(max_size=8), unique=True, max_size=6))
+    header: dict[str, Any] = {
+        "__metadata__": draw(st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2))
+    }
+    end = 0
+    for name in names:
+        dtype = draw(st.sampled_from(sorted(DTYPE_BITS)))
+        shape = [*draw(st.lists(st.integers(0, 3), max_size=3)), 8]
+        size = DTYPE_BITS[dtype]
+        for length in shape[:-1]:
+            size *= length
+        if name != "__metadata__":
+            header[name] = entry(dtype, shape, [end, end + size])
+            end += size
+    order = draw(st.permutations(list(header)))
+    text = json.dumps({key: header[key] for key in order}, ensure_ascii=draw(st.booleans())).encode()
+    return file(text + b" " * draw(st.integers(0, 8)), b"\0" * end)
+
+
+@given(valid_files())
+@settings(max_examples=100, deadline=None)
+def test_valid_files_parse_as_the_reference_parses_them(data: bytes) -> None:
+    shard = parse(data)
+    theirs = dict(reference(data))
+    assert {t.name: (t.dtype, list(t.shape)) for t in shard.tensors} == {
+        name: (value["dtype"], value["shape"]) for name, value in theirs.items()
+    }
+    assert shard.data_offset_bytes + sum(t.size_bytes for t in shard.tensors) == len(data)
+
+
+@given(valid_files(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_mutated_files_are_corrupt_or_accepted_by_the_reference_too(data: bytes, draw: st.DataObject) -> None:
+    mutated = bytearray(data)
+    for _ in range(draw.draw(st.integers(1, 4))):
+        at = draw.draw(st.integers(0, max(len(mutated) - 1, 0)))
+        kind = draw.draw(st.sampled_from(["set", "insert", "delete", "cut"]))
+        byte = draw.draw(st.one_of(st.integers(0, 255), st.sampled_from(list(b'0123456789-",[]{}:.e'))))
+        if kind == "set" and mutated:
+            mutated[at] = byte
+        elif kind == "insert":
+            mutated.insert(at, byte)
+        elif kind == "delete":
+            del mutated[at : at + 1]
+        else:
+            del mutated[at:]
+    try:
+        shard = parse(bytes(mutated))
+    except CorruptCheckpoint:
+        return
+    theirs = reference(bytes(mutated))
+    assert {t.name for t in shard.tensors} == {name for name, _ in theirs}
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_noise_is_corrupt(header: bytes) -> None:
+    try:
+        shard = parse(file(header))
+    except CorruptCheckpoint:
+        return
+    assert shard.tensors == ()

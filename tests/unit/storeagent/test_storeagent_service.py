@@ -1,0 +1,230 @@
+"""The whole storage agent on the memory bus and database, with its real socket and directory."""
+
+import asyncio
+import contextlib
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.support.lease_client import lease_client
+from tests.support.services import eventually
+from tests.support.tiny_model import write_tiny_model
+
+from stoker_bus.memory import MemoryBroker
+from stoker_bus.port import Message, ask
+from stoker_contracts import subjects
+from stoker_contracts.codec import decode
+from stoker_contracts.control import Failed, HeldModel, Registered, RegisterModel, RegisterReply, StoreStatus
+from stoker_contracts.models import ModelSpec, Tier
+from stoker_contracts.storage import LINE_LIMIT_BYTES, LeaseGranted, LeaseRefused
+from stoker_core.clock import SystemClock
+from stoker_core.errors import InvalidSettings
+from stoker_core.ids import SequentialIds
+from stoker_core.runner import run_parts
+from stoker_db.memory import MemoryDatabase
+from stoker_storeagent.app import assemble
+from stoker_storeagent.leases import close, listen
+from stoker_storeagent.settings import StoreagentSettings
+
+
+@dataclass
+class Agent:
+    settings: StoreagentSettings
+    broker: MemoryBroker
+    database: MemoryDatabase
+    statuses: list[StoreStatus]
+
+    @property
+    def socket(self) -> Path:
+        return self.settings.socket_path
+
+    async def register(self, source: Path) -> ModelSpec:
+        order = RegisterModel(name="tiny", source=source.as_uri())
+        reply: Registered | Failed = await ask(
+            self.broker.connect(), subjects.store_register("n1"), order, RegisterReply, timeout_s=10.0
+        )
+        assert isinstance(reply, Registered)
+        return reply.model
+
+    def held(self) -> tuple[HeldModel, ...]:
+        return self.statuses[-1].held if self.statuses else ()
+
+
+@contextlib.asynccontextmanager
+async def agent(tmp_path: Path, database: MemoryDatabase | None = None, **settings: object) -> AsyncIterator[Agent]:
+    made = StoreagentSettings.from_env(
+        {"STOKER_HOME": str(tmp_path / "h"), "STOKER_NODE": "n1", "STOKER_STOREAGENT_SSD_CAPACITY_BYTES": "1000000000"}
+        | {f"STOKER_STOREAGENT_{key.upper()}": str(value) for key, value in settings.items()}
+    )
+    broker, database, stop = MemoryBroker(), database or MemoryDatabase(), asyncio.Event()
+    statuses: list[StoreStatus] = []
+
+    async def hear(message: Message) -> None:
+        statuses.append(decode(StoreStatus, message.data))
+
+    await broker.connect().subscribe(subjects.STATUS_STORE_ALL, hear)
+    parts = await assemble(made, broker.connect(), database, SystemClock(), SequentialIds())
+    running = asyncio.create_task(run_parts(parts, stop, drain_s=5.0))
+    try:
+        await eventually(lambda: bool(statuses), what="a first status")
+        yield Agent(made, broker, database, statuses)
+    finally:
+        stop.set()
+        await running
+    assert not made.socket_path.exists()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model")
+
+
+async def test_a_lease_over_the_socket_and_what_is_said_of_it(tmp_path: Path, model: Path) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            granted = await client.lease(spec.model_id)
+            assert (Path(granted.path) / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+            assert granted.source is Tier.REMOTE
+            await eventually(lambda: [h.leases for h in store.held()] == [1], what="the lease in the status")
+            await client.used(load_ms=100.0, read_bytes=granted.total_bytes)
+            await eventually(
+                lambda: store.statuses[-1].tiers[0].read_bytes_per_s > 0, what="the bandwidth in the status"
+            )
+        await eventually(lambda: [h.leases for h in store.held()] == [0], what="the end of the lease")
+        [seen] = await store.database.tiers.observations()
+        assert (seen.model_id, seen.node, seen.source) == (spec.model_id, "n1", Tier.REMOTE)
+        assert (seen.read_bytes, seen.load_ms) == (granted.total_bytes, 100.0)
+        await eventually(lambda: placed(store), what="the placement")
+        assert [s.seq for s in store.statuses] == list(range(1, len(store.statuses) + 1))
+        assert {s.boot_id for s in store.statuses} == {"boot-1"}
+
+
+async def placed(store: Agent) -> bool:
+    return len(await store.database.tiers.placements()) == 1
+
+
+async def test_a_killed_client_frees_its_lease(tmp_path: Path, model: Path) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
+            await eventually(lambda: [h.leases for h in store.held()] == [1])
+            client.abort()
+            await eventually(lambda: [h.leases for h in store.held()] == [0])
+
+
+async def test_only_this_user_may_use_the_socket(tmp_path: Path) -> None:
+    async with agent(tmp_path) as store:
+        assert stat.S_IMODE(store.socket.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"{}\n",
+        b"hello\n",
+        b'{"model_id":1,"instance_id":"i"}\n',
+        b"\xff\n",
+        b"x" * (LINE_LIMIT_BYTES + 2) + b"\n",
+    ],
+)
+async def test_a_bad_line_is_refused_and_the_next_client_served(tmp_path: Path, model: Path, line: bytes) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            await client.write(line)
+            refusal = await client.answer()
+            assert isinstance(refusal, LeaseRefused)
+            assert (refusal.code, refusal.retryable) == ("invalid_message", False)
+            assert await client.answer() is None
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b'{"load_ms":-1,"read_bytes":1}\n', b'{"load_ms":1,"read_bytes":-1}\n'])
+async def test_a_bad_observation_ends_the_lease_and_is_not_stored(tmp_path: Path, model: Path, line: bytes) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
+            await client.write(line)
+            refusal = await client.answer()
+            assert isinstance(refusal, LeaseRefused)
+            assert refusal.code == "invalid_message"
+        await eventually(lambda: [h.leases for h in store.held()] == [0])
+        assert await store.database.tiers.observations() == []
+
+
+async def test_an_unknown_model_is_refused_by_code(tmp_path: Path) -> None:
+    async with agent(tmp_path) as store, lease_client(store.socket) as client:
+        refusal = await client.refused("model-none")
+        assert (refusal.code, refusal.retryable) == ("model_not_found", False)
+
+
+async def test_connections_are_bounded(tmp_path: Path, model: Path) -> None:
+    async with agent(tmp_path, leases_max=1) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as first:
+            await first.lease(spec.model_id)
+            async with lease_client(store.socket) as second:
+                refusal = await second.refused(spec.model_id)
+                assert (refusal.code, refusal.retryable) == ("overloaded", True)
+
+        async def free() -> bool:
+            async with lease_client(store.socket) as third:
+                await third.write(b'{"model_id":"' + spec.model_id.encode() + b'","instance_id":"i"}\n')
+                return isinstance(await third.answer(), LeaseGranted)
+
+        await eventually(free, what="room after the first has left")
+
+
+async def test_observations_wait_for_the_database(tmp_path: Path, model: Path) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
+        store.database.go_down()
+        async with lease_client(store.socket) as client:
+            granted = await client.lease(spec.model_id)
+            assert granted.source is Tier.SSD
+            await client.used(load_ms=5.0, read_bytes=7)
+        await asyncio.sleep(0)
+        store.database.come_up()
+
+        async def seen() -> bool:
+            return [o.read_bytes for o in await store.database.tiers.observations()] == [7]
+
+        await eventually(seen, what="the observation, late")
+
+
+async def test_a_restart_keeps_what_was_copied(tmp_path: Path, model: Path) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
+    async with agent(tmp_path, store.database) as store, lease_client(store.socket) as client:
+        assert (await client.lease(spec.model_id)).source is Tier.SSD
+
+
+async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    dead = listen(path)
+    dead.close()
+    assert path.exists()
+    live = listen(path)
+    with pytest.raises(InvalidSettings, match="another storage agent listens"):
+        listen(path)
+    close(live)
+    assert not path.exists()
+
+
+async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    path.write_text("precious")
+    with pytest.raises(InvalidSettings, match="is no socket"):
+        listen(path)
+    assert path.read_text() == "precious"
