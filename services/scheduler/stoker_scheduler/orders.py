@@ -1,0 +1,224 @@
+"""Carry out decisions: desired state in Postgres first, then the command, bounded and side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from stoker_bus.events import EventPublisher
+from stoker_bus.port import Bus, ask
+from stoker_contracts import subjects
+from stoker_contracts.control import CommandReply, Done, Failed, PrepareModel, StartInstance, StopInstance
+from stoker_contracts.events import INSTANCE_PLACED
+from stoker_contracts.models import InstanceState, ModelSpec
+from stoker_core.clock import Clock
+from stoker_core.errors import (
+    BusError,
+    DatabaseUnavailable,
+    Disconnected,
+    InvalidMessage,
+    NoResponders,
+    RequestTimeout,
+    StaleTerm,
+    StokerError,
+    Stopping,
+)
+from stoker_core.logging import get_logger
+from stoker_db.ports import InstanceRow, Instances
+from stoker_scheduler.state import State
+
+log = get_logger("orders")
+
+WAITING_MAX = 256
+TRIES = 2
+WRONG_BOOT = "wrong_boot"
+BUSY = "busy"
+
+NODES_FAULT = frozenset(
+    {WRONG_BOOT, Stopping.code, NoResponders.code, RequestTimeout.code, Disconnected.code, InvalidMessage.code}
+)
+"""Answers that say nothing of the model. Nothing more goes to that node until it is heard again."""
+
+
+@dataclass(frozen=True)
+class StartOrder:
+    """row: as it shall be desired.  decided_s, demanded_s: when it was decided, and since when it is wanted."""
+
+    row: InstanceRow
+    model: ModelSpec
+    decided_s: float
+    demanded_s: float
+
+
+@dataclass(frozen=True)
+class StopOrder:
+    row: InstanceRow
+    only_if_idle: bool
+
+
+@dataclass(frozen=True)
+class PrepareOrder:
+    node: str
+    boot_id: str
+    model: ModelSpec
+
+
+Order = StartOrder | StopOrder | PrepareOrder
+
+
+class Orders:
+    """A bounded queue of orders, worked on by `at_once` tasks. changed: set when an order changed the state."""
+
+    def __init__(
+        self,
+        state: State,
+        bus: Bus,
+        instances: Instances,
+        events: EventPublisher,
+        clock: Clock,
+        changed: asyncio.Event,
+        *,
+        at_once: int,
+        timeout_s: float,
+        start_budget_s: float,
+    ) -> None:
+        self._state, self._bus, self._instances, self._events = state, bus, instances, events
+        self._clock, self._changed = clock, changed
+        self._at_once, self._timeout_s, self._start_budget_s = at_once, timeout_s, start_budget_s
+        self._waiting: asyncio.Queue[Order] = asyncio.Queue(WAITING_MAX)
+        self._in_hand: set[str] = set()
+
+    @property
+    def full(self) -> bool:
+        return self._waiting.full()
+
+    def in_hand(self, instance_id: str) -> bool:
+        """Whether an order for this instance waits or is being carried out."""
+        return instance_id in self._in_hand
+
+    def give(self, order: Order) -> None:
+        """Queue an order. Raises asyncio.QueueFull: ask `full` first."""
+        self._waiting.put_nowait(order)
+        if not isinstance(order, PrepareOrder):
+            self._in_hand.add(order.row.instance_id)
+
+    async def run(self) -> None:
+        """Carry orders out until cancelled. Raises a group of StaleTerm, BusLost."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._at_once):
+                group.create_task(self._work(), name=f"orders-{number}")
+
+    async def drain(self) -> None:
+        await self._waiting.join()
+
+    async def _work(self) -> None:
+        while True:
+            order = await self._waiting.get()
+            try:
+                await self._carry_out(order)
+            finally:
+                if not isinstance(order, PrepareOrder):
+                    self._in_hand.discard(order.row.instance_id)
+                self._waiting.task_done()
+
+    async def _carry_out(self, order: Order) -> None:
+        match order:
+            case StartOrder():
+                await self._start(order)
+            case StopOrder():
+                await self._stop(order)
+            case PrepareOrder():
+                await self._prepare(order)
+
+    async def _start(self, order: StartOrder) -> None:
+        row = order.row
+        try:
+            await self._desire(row)
+        except DatabaseUnavailable as error:
+            self._start_failed(row, Failed(code=error.code, message=error.message, retryable=True), counts=False)
+            return
+        left_s = self._start_budget_s - (self._clock.monotonic_s() - order.decided_s)
+        command = StartInstance(
+            instance_id=row.instance_id,
+            boot_id=row.boot_id,
+            term=self._state.term,
+            model=order.model,
+            devices=row.devices,
+            budget_ms=max(0, round(left_s * 1000)),
+        )
+        reply = await self._command(row.node, subjects.worker_start(row.node), command)
+        if isinstance(reply, Failed):
+            self._start_failed(row, reply, counts=reply.code not in NODES_FAULT)
+            return
+        placed = {
+            "model": order.model.name,
+            "node": row.node,
+            "devices": list(row.devices),
+            "reason": row.reason,
+            "term": self._state.term,
+            "place_ms": round((self._clock.monotonic_s() - order.demanded_s) * 1000, 1),
+        }
+        self._events.emit(INSTANCE_PLACED, row.instance_id, **placed)
+        log.info("instance_placed", instance=row.instance_id, **placed)
+
+    def _start_failed(self, row: InstanceRow, failed: Failed, *, counts: bool) -> None:
+        reason = f"{failed.code}: {failed.message}"
+        self._state.start_failed(row.instance_id, reason, self._clock.monotonic_s(), counts=counts)
+        self._changed.set()
+        log.warning("start_failed", instance=row.instance_id, model_id=row.model_id, node=row.node, reason=reason)
+
+    async def _stop(self, order: StopOrder) -> None:
+        row = order.row
+        try:
+            await self._desire(row)
+            command = StopInstance(
+                instance_id=row.instance_id,
+                boot_id=row.boot_id,
+                term=self._state.term,
+                only_if_idle=order.only_if_idle,
+                reason=row.reason,
+            )
+            reply = await self._command(row.node, subjects.worker_stop(row.node), command)
+            if isinstance(reply, Failed) and reply.code == BUSY:
+                await self._desire(replace(row, desired=InstanceState.READY, reason="busy when asked to stop"))
+                self._state.stop_refused(row.instance_id)
+        except DatabaseUnavailable as error:
+            reply = Failed(code=error.code, message=error.message, retryable=True)
+        if isinstance(reply, Failed):
+            log.warning("stop_failed", instance=row.instance_id, node=row.node, code=reply.code, reason=reply.message)
+        self._changed.set()
+
+    async def _prepare(self, order: PrepareOrder) -> None:
+        command = PrepareModel(boot_id=order.boot_id, term=self._state.term, model=order.model)
+        reply = await self._command(order.node, subjects.worker_prepare(order.node), command)
+        if isinstance(reply, Failed):
+            log.warning("prepare_failed", node=order.node, code=reply.code, reason=reply.message)
+
+    async def _desire(self, row: InstanceRow) -> None:
+        await self._instances.desire(row)
+        self._state.desired(row)
+
+    async def _command(
+        self, node: str, subject: str, command: StartInstance | StopInstance | PrepareModel
+    ) -> CommandReply:
+        """The worker's answer, or what kept it from coming. Raises StaleTerm, BusLost."""
+        reply: CommandReply = Done()
+        for _ in range(TRIES):
+            try:
+                reply = await ask(self._bus, subject, command, CommandReply, timeout_s=self._timeout_s)
+                break
+            except RequestTimeout as error:
+                reply = Failed(code=error.code, message=error.message, retryable=True)
+            except StokerError as error:
+                if isinstance(error, BusError) and not error.retryable:
+                    raise
+                reply = Failed(code=error.code, message=error.message, retryable=error.retryable)
+                break
+        if isinstance(reply, Failed):
+            if reply.code == StaleTerm.code:
+                raise StaleTerm(self._state.term)
+            if reply.code in NODES_FAULT:
+                self._state.unanswered(node)
+        return reply

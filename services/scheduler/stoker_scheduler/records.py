@@ -1,0 +1,64 @@
+"""What the leader remembers of a node and of an instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stoker_contracts.control import HeldModel, InstanceStatus, WorkerStatus
+from stoker_contracts.models import Device, InstanceState
+from stoker_db.ports import InstanceRow
+
+RETIRED_MAX = 8
+ENDED_STATES = frozenset({InstanceState.STOPPED, InstanceState.FAILED})
+
+
+@dataclass
+class Node:
+    """One node. answered: what it last said, it said knowing this leader's term, and it answers commands.
+
+    heard_s: when this leader last heard it; None: never.  retired: its earlier boots, whose late words are dropped.
+    """
+
+    name: str
+    devices: tuple[Device, ...] = ()
+    status: WorkerStatus | None = None
+    heard_s: float | None = None
+    answered: bool = False
+    silent: bool = False
+    retired: tuple[str, ...] = ()
+    held: tuple[HeldModel, ...] = ()
+    prepare_asked_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def boot_id(self) -> str:
+        return self.status.boot_id if self.status else ""
+
+
+@dataclass
+class Tracked:
+    """One instance that is live, or that ended and is not yet recorded so.
+
+    row: as Postgres has it, or is about to.  written: Postgres has it.  status: as its worker last reported it.
+    reserved_until_s: a start that was decided and does not show yet holds its devices until then.
+    gone: why it is no longer on its node's list.
+    """
+
+    row: InstanceRow
+    device_bytes: int | None
+    written: bool
+    status: InstanceStatus | None = None
+    reserved_until_s: float | None = None
+    gone: str = ""
+    stop_asked_s: float | None = None
+    stops: int = 0
+
+    @property
+    def state(self) -> InstanceState:
+        if self.gone:
+            meant = self.row.desired is InstanceState.STOPPED
+            return InstanceState.STOPPED if meant else InstanceState.FAILED
+        return self.status.state if self.status else self.row.actual
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED_STATES
