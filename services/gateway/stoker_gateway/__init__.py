@@ -1,0 +1,1 @@
+"""The gateway: HTTP in OpenAI's shape, tokenising, request queues, token journals, routing among ready instances."""

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP shapes: bodies to requests, answers and errors to bodies. Pure."""

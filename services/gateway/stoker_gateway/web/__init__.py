@@ -1,0 +1,1 @@
+"""Routes: read state → decide → act → answer."""
