@@ -1,0 +1,1 @@
+"""The `stoker` command line and the local supervisor behind `stoker up`."""

@@ -72,6 +72,7 @@ class VllmEngine:
                     model=str(path),
                     skip_tokenizer_init=True,
                     load_format=LOAD_FORMAT,
+                    use_tqdm_on_load=False,
                     dtype=spec.dtype,
                     max_model_len=spec.max_model_len,
                     max_num_seqs=spec.slots,

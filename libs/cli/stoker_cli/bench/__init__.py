@@ -1,0 +1,1 @@
+"""Measurements: `stoker bench NAME`, one module each."""

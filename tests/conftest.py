@@ -1,0 +1,7 @@
+pytest_plugins = [
+    "tests.support.nats_server",
+    "tests.support.postgres_server",
+    "tests.support.buses",
+    "tests.support.databases",
+    "tests.support.stack",
+]

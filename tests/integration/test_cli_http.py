@@ -1,0 +1,191 @@
+"""The `stoker` program against a stand-in for the gateway: what it sends, prints and exits with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+MODEL = {
+    "name": "toy", "model_id": "model-1", "source": "file:///t", "architecture": "LlamaForCausalLM", "dtype": "float32",
+    "weight_bytes": 1000, "max_model_len": 128, "kv_cache_bytes": 1024, "slots": 2, "engine": "vllm",
+    "keep_alive_s": 60.0, "instances": [], "tiers": [],
+}  # fmt: skip
+
+
+@dataclass
+class StandIn:
+    """Answers with what a test puts in, and keeps what was asked."""
+
+    url: str = ""
+    status: int = 200
+    answer: Any = None
+    stream: list[str] = field(default_factory=list)
+    asked: list[tuple[str, str, Any]] = field(default_factory=list)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append((request.method, request.raw_path, await request.json() if request.can_read_body else None))
+        if not self.stream:
+            return web.json_response(self.answer, status=self.status)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for chunk in self.stream:
+            await response.write(f"data: {chunk}\n\n".encode())
+        return response
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[StandIn]:
+    stand_in = StandIn()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", stand_in.handle)
+    async with TestServer(app) as server:
+        stand_in.url = str(server.make_url(""))
+        yield stand_in
+
+
+@dataclass
+class Ended:
+    code: int | None
+    out: str
+    err: str
+
+
+async def stoker(*arguments: str, home: Path, given: str = "") -> Ended:
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("stoker")),
+        *arguments,
+        env={"PATH": "/usr/bin:/bin", "STOKER_HOME": str(home)},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate(given.encode())
+    return Ended(process.returncode, out.decode(), err.decode())
+
+
+def chunk(text: str | None, **more: Any) -> str:
+    return json.dumps({"choices": [{"index": 0, "delta": {"content": text} if text else {}}], **more})
+
+
+async def test_a_deployment_sends_only_what_was_chosen(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {"model": MODEL, "created": True}
+    directory = tmp_path / "my model"
+    ended = await stoker(
+        "deploy", str(directory), "--name", "toy", "--kv-cache-mib", "2", "--keep-alive", "5", "--url", gateway.url,
+        home=tmp_path,
+    )  # fmt: skip
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("toy registered: LlamaForCausalLM, float32, 1000 B of weights")
+    assert gateway.asked == [
+        (
+            "POST",
+            "/admin/v1/models",
+            {"name": "toy", "source": directory.as_uri(), "options": {"kv_cache_bytes": 2097152, "keep_alive_s": 5.0}},
+        )
+    ]
+
+
+async def test_a_refusal_is_one_line_and_exit_1(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.status = 400
+    gateway.answer = {"error": {"message": "/m: shard 2 of 3 is missing", "code": "refused_checkpoint", "param": None}}
+    ended = await stoker("deploy", "/m", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.out, ended.err) == (1, "", "stoker: /m: shard 2 of 3 is missing\n")
+
+
+async def test_json_is_the_answer_as_it_came(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {"models": [MODEL | {"of_a_newer_version": [1]}]}
+    ended = await stoker("models", "--json", "--url", gateway.url, home=tmp_path)
+    assert json.loads(ended.out) == gateway.answer
+
+
+async def test_tables_keep_one_line_each_in_a_pipe(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {"models": [MODEL, MODEL | {"name": "x" * 96}]}
+    ended = await stoker("models", "--url", gateway.url, home=tmp_path)
+    assert len(ended.out.splitlines()) == 3
+
+
+async def test_a_deleted_model_is_named(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {}
+    ended = await stoker("rm", "toy", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.out) == (0, "toy deleted\n")
+    assert gateway.asked == [("DELETE", "/admin/v1/models/toy", None)]
+
+
+async def test_chat_streams_the_answer_and_times_it(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.stream = [
+        chunk(None),
+        chunk("Par"),
+        chunk("is"),
+        json.dumps({"choices": [], "usage": {"completion_tokens": 2}}),
+        "[DONE]",
+    ]
+    ended = await stoker("chat", "toy", "Capital?", "--temperature", "0", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.out) == (0, "Paris\n")
+    assert "first token after" in ended.err
+    assert "2 tokens" in ended.err
+    body = gateway.asked[0][2]
+    assert body["messages"] == [{"role": "user", "content": "Capital?"}]
+    assert (body["model"], body["temperature"], body["stream"]) == ("toy", 0.0, True)
+    assert "seed" not in body
+
+
+async def test_a_conversation_remembers_what_was_said(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.stream = [chunk("yes"), "[DONE]"]
+    ended = await stoker("chat", "toy", "--url", gateway.url, home=tmp_path, given="one\n\ntwo\n")
+    assert (ended.code, ended.out) == (0, "yes\nyes\n")
+    said = [message["content"] for message in gateway.asked[1][2]["messages"]]
+    assert said == ["one", "yes", "two"]
+
+
+async def test_an_error_in_mid_stream_is_an_error(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.stream = [chunk("Par"), json.dumps({"error": {"message": "the instance died", "code": "instance_lost"}})]
+    ended = await stoker("chat", "toy", "x", "--url", gateway.url, home=tmp_path)
+    assert ended.code == 1
+    assert ended.err.endswith("stoker: the instance died\n")
+
+
+async def test_a_stream_that_breaks_off_is_an_error(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.stream = [chunk("Par")]
+    ended = await stoker("chat", "toy", "x", "--url", gateway.url, home=tmp_path)
+    assert ended.code == 1
+    assert "broke off" in ended.err
+
+
+async def test_without_a_system_the_commands_say_so(tmp_path: Path) -> None:
+    for command in (["ps"], ["nodes"], ["events"], ["chat", "m", "x"]):
+        ended = await stoker(*command, home=tmp_path)
+        assert ended.code == 1
+        assert (
+            ended.err
+            == f"stoker: no system runs in {tmp_path}; start one with `stoker up`, or name another with --url or STOKER_HOME\n"
+        )
+
+
+async def test_wrong_usage_exits_2(tmp_path: Path) -> None:
+    for arguments in (["nope"], ["chat"], ["up", "--gateway-port", "70000"], ["up", "--cpu-slots", "0"]):
+        ended = await stoker(*arguments, home=tmp_path)
+        assert ended.code == 2, arguments
+        assert ended.err
+
+
+async def test_every_command_has_an_example_in_its_help(tmp_path: Path) -> None:
+    for command in ("up", "deploy", "models", "ps", "nodes", "rm", "chat", "events", "doctor"):
+        ended = await stoker(command, "--help", home=tmp_path)
+        assert ended.code == 0
+        assert f"stoker {command}" in ended.out.split("\n", 2)[2]
+
+
+async def test_help_loads_no_heavy_library() -> None:
+    code = "import sys, stoker_cli.main; print([m for m in ('aiohttp', 'nats', 'sqlalchemy', 'torch', 'vllm', 'transformers') if m in sys.modules])"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert out == b"[]\n"

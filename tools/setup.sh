@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Make .venv what requirements/cpu.txt says, with stoker itself in it. Does nothing when that is so already;
+# goes on after an interruption. PYTHON chooses the interpreter, TORCH_INDEX where to look for torch.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+python=$venv/bin/python
+lock=requirements/cpu.txt
+stamp=$venv/.setup-done
+torch=2.13.0+cpu
+torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+
+say() { printf 'setup: %s\n' "$*"; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# What the environment was made from, its own place included: an editable install points at it.
+fingerprint() { { cat "$lock" pyproject.toml tools/setup.sh; pwd; "$python" -VV; } 2>/dev/null | sha256sum; }
+
+supported() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.12 python3.11; do
+        if supported "$candidate"; then echo "$candidate"; return; fi
+    done
+    die "no Python 3.11 or 3.12 with its venv module was found (tried ${PYTHON:-} python3 python3.12 python3.11).
+       Install one (Debian: apt install python3-venv) or name one: make setup PYTHON=/path/to/python3.12"
+}
+
+pip() { "$python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+installed() { "$python" -c "import importlib.metadata as m, sys; sys.exit(m.version('$1') != '$2')" 2>/dev/null; }
+
+install_torch() {
+    if installed torch "$torch"; then return; fi
+    local log=$venv/torch.log
+    say "torch $torch, from where pip is configured to look"
+    if pip install --no-deps --quiet --timeout 15 --retries 1 "torch==$torch" >"$log" 2>&1; then return; fi
+    say "not there; from $torch_index (about 200 MB)"
+    if pip install --no-deps --timeout 15 --retries 1 --index-url "$torch_index" "torch==$torch" >>"$log" 2>&1; then return; fi
+    tail -n 5 "$log" >&2
+    die "torch $torch for CPUs could not be installed.
+       Check the connection to $torch_index, name a mirror of it (make setup TORCH_INDEX=URL),
+       or download the wheel and let pip see it (PIP_FIND_LINKS=/folder make setup)."
+}
+
+install_lock() {
+    local total count=0 line
+    total=$(grep -cE '^[a-zA-Z0-9]' "$lock")
+    say "$total packages of $lock (a few minutes the first time)"
+    pip install --no-deps --require-hashes --progress-bar off -r "$lock" | while IFS= read -r line; do
+        case $line in
+            Collecting*)
+                count=$((count + 1))
+                if ((count % 40 == 0)); then say "  $count of $total fetched"; fi ;;
+            Installing*) say "  unpacking" ;;
+        esac
+    done
+}
+
+main() {
+    if [[ -f $stamp && $(fingerprint) == "$(cat "$stamp")" ]]; then return; fi
+    trap '[[ $? == 0 ]] || say "not finished; make setup goes on from here" >&2' EXIT
+    rm -f "$stamp"
+    if ! supported "$python"; then
+        local base
+        base=$(find_python)
+        say "creating $venv with $("$base" -V)"
+        "$base" -m venv --clear "$venv"
+    fi
+    install_torch
+    install_lock
+    say "stoker itself"
+    pip install --no-deps --no-build-isolation --quiet -e .
+    fingerprint >"$stamp"
+    say "done"
+}
+
+main
