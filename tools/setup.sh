@@ -8,6 +8,7 @@ venv=.venv
 python=$venv/bin/python
 lock=requirements/cpu.txt
 stamp=$venv/.setup-done
+log=$venv/setup.log # what pip says beside its errors
 torch=2.13.0+cpu
 torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 
@@ -28,18 +29,23 @@ find_python() {
        Install one (Debian: apt install python3-venv) or name one: make setup PYTHON=/path/to/python3.12"
 }
 
-pip() { "$python" -m pip --disable-pip-version-check --no-input "$@"; }
-
 installed() { "$python" -c "import importlib.metadata as m, sys; sys.exit(m.version('$1') != '$2')" 2>/dev/null; }
+
+# Run pip with its warnings kept in the log; on a failure its errors are shown.
+pip() {
+    local from code=0
+    from=$(wc -c <"$log")
+    "$python" -m pip --disable-pip-version-check --no-input "$@" 2>>"$log" || code=$?
+    if ((code)); then tail -c +"$((from + 1))" "$log" | grep -vE '^WARNING: (Location|Retrying)' | tail -n 8 >&2; fi
+    return "$code"
+}
 
 install_torch() {
     if installed torch "$torch"; then return; fi
-    local log=$venv/torch.log
     say "torch $torch, from where pip is configured to look"
-    if pip install --no-deps --quiet --timeout 15 --retries 1 "torch==$torch" >"$log" 2>&1; then return; fi
+    if pip install --no-deps --quiet --timeout 15 --retries 1 "torch==$torch" 2>/dev/null; then return; fi
     say "not there; from $torch_index (about 200 MB)"
-    if pip install --no-deps --timeout 15 --retries 1 --index-url "$torch_index" "torch==$torch" >>"$log" 2>&1; then return; fi
-    tail -n 5 "$log" >&2
+    if pip install --no-deps --quiet --timeout 15 --retries 1 --index-url "$torch_index" "torch==$torch"; then return; fi
     die "torch $torch for CPUs could not be installed.
        Check the connection to $torch_index, name a mirror of it (make setup TORCH_INDEX=URL),
        or download the wheel and let pip see it (PIP_FIND_LINKS=/folder make setup)."
@@ -69,6 +75,7 @@ main() {
         say "creating $venv with $("$base" -V)"
         "$base" -m venv --clear "$venv"
     fi
+    : >"$log"
     install_torch
     install_lock
     say "stoker itself"

@@ -171,6 +171,31 @@ async def test_without_jetstream_events_fail_readably_and_messages_work(
     await bus.close()
 
 
+async def test_following_goes_on_when_jetstream_was_away(nats_server: NatsServer, bus: NatsBus, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    async def follow() -> None:
+        async for message in bus.follow(EVENTS_ALL, since_sequence=1):
+            seen.append(message.sequence)  # noqa: PERF401 - endless; read while it goes on
+
+    await bus.append(EVENT, b"", message_id="1")
+    following = asyncio.create_task(follow())
+    await eventually(lambda: seen == [1])
+    config = tmp_path / "nats" / "nats.conf"
+    text = config.read_text()
+    start = text.index("jetstream {")
+    config.write_text(text[:start] + text[text.index("}", start) + 1 :])
+    for turn, content in enumerate((config.read_text(), text), start=1):
+        config.write_text(content)
+        await asyncio.to_thread(nats_server.kill)
+        await asyncio.to_thread(nats_server.start)
+        await eventually(lambda: bus.reconnects == turn)  # noqa: B023 - awaited within the turn
+        await asyncio.sleep(0.3)
+    assert await bus.append(EVENT, b"", message_id="2") == 2
+    await eventually(lambda: seen == [1, 2])
+    following.cancel()
+
+
 async def test_the_stream_has_the_limits_it_should(nats_url: str, admin: Client) -> None:
     bus = await NatsBus.connect(nats_url, name="test")
     await bus.append(EVENT, b"", message_id="1")
@@ -194,22 +219,12 @@ async def test_a_stream_with_an_operators_limits_is_used_as_it_is(nats_url: str,
     await bus.close()
 
 
-async def test_a_deleted_stream_is_made_again(nats_url: str, admin: Client) -> None:
-    bus = await NatsBus.connect(nats_url, name="test")
-    seen: list[tuple[int, bytes]] = []
-
-    async def follow() -> None:
-        async for message in bus.follow(EVENTS_ALL, since_sequence=1):
-            seen.append((message.sequence, message.data))  # noqa: PERF401 - endless; read while it goes on
-
+async def test_a_deleted_stream_is_made_again(nats_server: NatsServer, bus: NatsBus) -> None:
     assert await bus.append(EVENT, b"old", message_id="1") == 1
-    following = asyncio.create_task(follow())
-    await eventually(lambda: seen == [(1, b"old")])
-    await admin.jetstream().delete_stream(EVENTS_STREAM)
+    await nats_server.delete_events()
     assert await bus.append(EVENT, b"new", message_id="2") == 1
-    await eventually(lambda: seen == [(1, b"old"), (1, b"new")])
-    following.cancel()
-    await bus.close()
+    await nats_server.delete_events()
+    assert [m async for m in bus.follow(EVENTS_ALL, since_sequence=1, follow=False)] == []
 
 
 async def test_following_goes_on_when_the_servers_store_was_lost(

@@ -10,7 +10,8 @@ from typing import Any
 
 import openai
 import pytest
-from tests.support.gateway_rig import Rig, eventually, gateway_rig, model_spec, tokens_of
+from tests.support.fake_instance import model_spec
+from tests.support.gateway_rig import Rig, eventually, gateway_rig, tokens_of
 from tests.support.tiny_tokenizer import END_ID
 
 from stoker_contracts.inference import Finish

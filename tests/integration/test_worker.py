@@ -184,7 +184,7 @@ async def rig(nats_url: str, postgres_url: str, tmp_path: Path) -> AsyncIterator
         "STOKER_POSTGRES_URL": postgres_url,
         "STOKER_WORKER_DEVICES": "cpu",
         "STOKER_WORKER_ENGINES": "sim",
-        "STOKER_WORKER_SLOT_MEMORY_BYTES": str(128 * MIB),
+        "STOKER_WORKER_SLOT_MEMORY_BYTES": str(1024 * MIB),
         "STOKER_WORKER_SIM_STEP_S": "0.005",
         "STOKER_WORKER_INSTANCE_DRAIN_S": "3",
     }
@@ -254,9 +254,12 @@ async def test_cancel_frees_the_slot(rig: Rig):
 
 async def test_starts_that_do_not_fit_or_come_from_the_past_are_refused_and_repeats_are_not(rig: Rig):
     status = await rig.started()
-    _, too_big = await rig.start(model=model(weight_bytes=100 * MIB))
+    _, too_big = await rig.start(model=model(weight_bytes=400 * MIB), devices=(1,))
     assert isinstance(too_big, Failed)
     assert too_big.code == "device_busy"
+    _, taken = await rig.start()
+    assert isinstance(taken, Failed)
+    assert taken.code == "device_busy"
     _, wrong = await rig.start(boot_id="boot-of-yesterday", devices=(1,))
     assert isinstance(wrong, Failed)
     assert wrong.code == "wrong_boot"
@@ -288,15 +291,15 @@ async def test_only_an_idle_instance_stops_when_only_an_idle_one_is_meant(rig: R
     await rig.until(status.instance_id, InstanceState.STOPPED)
 
 
-async def test_a_killed_instance_is_reported_at_once_and_its_memory_is_free(rig: Rig):
-    status = await rig.started(model=model(weight_bytes=100 * MIB))
+async def test_a_killed_instance_is_reported_at_once_and_its_device_is_free(rig: Rig):
+    status = await rig.started()
     loop = asyncio.get_running_loop()
     os.kill(status.pid, signal.SIGKILL)
     killed_at = loop.time()
     failed = await rig.until(status.instance_id, InstanceState.FAILED)
     assert loop.time() - killed_at < 1.0, "not only with the next heartbeat"
     assert "SIGKILL" in failed.failure
-    await rig.started(model=model(weight_bytes=100 * MIB))
+    await rig.started()
 
 
 async def test_a_refused_lease_fails_the_start_with_its_reason(rig: Rig):

@@ -36,6 +36,25 @@ from stoker_core.clock import Clock, SystemClock
 from stoker_core.errors import Disconnected
 
 TICK_S = 0.05
+VOCAB_SIZE = 512
+
+
+def model_spec(name: str = "tiny", **fields: object) -> ModelSpec:
+    values: dict[str, object] = {
+        "model_id": f"m-{name}",
+        "name": name,
+        "source": "file:///models/tiny",
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float32",
+        "weight_bytes": 1000,
+        "max_model_len": 256,
+        "vocab_size": VOCAB_SIZE,
+        "kv_bytes_per_token": 64,
+        "kv_cache_bytes": 1 << 20,
+        "slots": 4,
+        "wait_s": 10.0,
+    }
+    return ModelSpec(**(values | fields))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -112,6 +131,11 @@ class FakeInstance:
         await self._unsubscribe()
         self.state, self.failure = InstanceState.FAILED, failure
         await self._node.report()
+
+    async def disappear(self) -> None:
+        """Listen no more, unnoticed by its worker."""
+        self.mute()
+        await self._unsubscribe()
 
     async def become(self, state: InstanceState) -> None:
         self.state = state

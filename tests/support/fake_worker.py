@@ -53,7 +53,7 @@ def model_spec(model_id: str, **fields: object) -> ModelSpec:
     return ModelSpec(**(values | fields))  # type: ignore[arg-type]
 
 
-def cpu_slots(count: int, memory_bytes: int = 2 * GIB) -> tuple[Device, ...]:
+def cpu_slots(count: int, memory_bytes: int = 4 * GIB) -> tuple[Device, ...]:
     return tuple(
         Device(index=i, kind=DeviceKind.CPU, name=f"slot {i}", memory_bytes=memory_bytes) for i in range(count)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import aiohttp
 from openai import AsyncOpenAI
-from tests.support.fake_instance import FakeNode
+from tests.support.fake_instance import VOCAB_SIZE, FakeNode, model_spec
 from tests.support.tiny_tokenizer import build_tokenizer, write_tokenizer
 
 from stoker_bus.nats import NatsBus
@@ -24,30 +24,10 @@ from stoker_db.ports import ModelFile
 from stoker_gateway.app import Gateway
 from stoker_gateway.settings import GatewaySettings
 
-VOCAB_SIZE = 512
-
 
 def tokens_of(text: str) -> list[int]:
     """What an instance must generate to have said `text`."""
     return list(build_tokenizer(VOCAB_SIZE).encode(text).ids)
-
-
-def model_spec(name: str = "tiny", **fields: object) -> ModelSpec:
-    values: dict[str, object] = {
-        "model_id": f"m-{name}",
-        "name": name,
-        "source": "file:///models/tiny",
-        "architecture": "LlamaForCausalLM",
-        "dtype": "float32",
-        "weight_bytes": 1000,
-        "max_model_len": 256,
-        "vocab_size": VOCAB_SIZE,
-        "kv_bytes_per_token": 64,
-        "kv_cache_bytes": 1 << 20,
-        "slots": 4,
-        "wait_s": 10.0,
-    }
-    return ModelSpec(**(values | fields))  # type: ignore[arg-type]
 
 
 def tokenizer_files() -> list[ModelFile]:

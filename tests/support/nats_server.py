@@ -7,6 +7,7 @@ Fixtures:
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import secrets
@@ -93,6 +94,24 @@ class NatsServer:
             process.terminate()
             process.wait(timeout=START_TIMEOUT_S)
 
+    async def delete_events(self) -> None:
+        """Delete the event stream, if there is one, and wait until it is gone from the disk.
+
+        nats-server answers before that, and a stream made meanwhile gets the deleted messages back (seen with 2.15.1).
+        """
+        client = Client()
+        await client.connect(self.url, allow_reconnect=False)
+        try:
+            await client.jetstream().delete_stream(EVENTS_STREAM)
+        except NotFoundError:
+            return
+        finally:
+            await client.close()
+        streams = self._embedded.directory / "jetstream" / "jetstream" / "$G" / "streams"
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while any(streams.glob(f"*{EVENTS_STREAM}")):
+                await asyncio.sleep(0.002)
+
     def freeze(self) -> None:
         """The process stands still and its connections stay open, as on a machine that hangs."""
         os.kill(self.pid, signal.SIGSTOP)
@@ -112,14 +131,7 @@ def nats_session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Na
 @pytest.fixture
 async def nats_url(nats_session_server: NatsServer) -> str:
     """A URL of a running server; no event of an earlier test is in its stream."""
-    client = Client()
-    await client.connect(nats_session_server.url, allow_reconnect=False)
-    try:
-        await client.jetstream().delete_stream(EVENTS_STREAM)
-    except NotFoundError:
-        pass
-    finally:
-        await client.close()
+    await nats_session_server.delete_events()
     return nats_session_server.url
 
 

@@ -79,7 +79,7 @@ class NatsBus:
     def __init__(self, url: str, name: str, link: Link) -> None:
         self._url, self._name = url, name
         self._link = link
-        self._up = asyncio.Event()  # set: connected, or never again
+        self._up = asyncio.Event()  # set: connected with all subscriptions in force, or never again
         self._up.set()
         self._reconnects = 0
         self._closing = False
@@ -111,7 +111,7 @@ class NatsBus:
 
     @property
     def connected(self) -> bool:
-        return not self._closing and self._link.alive
+        return not self._closing and self._link.alive and self._up.is_set()
 
     @property
     def reconnects(self) -> int:
@@ -159,17 +159,20 @@ class NatsBus:
         """As the port says; "what only comes" begins when the iteration does."""
         check_pattern(subject)
         cursor = await nats_stream.Cursor.start(self._current(), subject, since_sequence, follow)
+        attempt = 0
         while not cursor.done:
             await self._up.wait()
             try:
                 async with contextlib.aclosing(cursor.read(self._current())) as messages:
                     async for message in messages:
                         yield message
+                        attempt = 0
             except Exception as error:
                 if self._closing or not nats_stream.may_go_on(error):
                     raise
-                log.info("events_resumed", next=cursor.next, error=str(error))
-                await asyncio.sleep(BACKOFF_MIN_S)
+                _log_attempt("events_interrupted", attempt, next=cursor.next, error=str(error))
+                await asyncio.sleep(backoff_s(attempt))
+                attempt += 1
 
     async def close(self) -> None:
         if self._keeper.done() and self._closing:
@@ -213,8 +216,7 @@ class NatsBus:
                     await self._reconnect()
                     break
                 except BusError as error:
-                    if attempt & (attempt + 1) == 0:  # 0, 1, 3, 7, …
-                        log.warning("bus_unreachable", attempt=attempt + 1, error=error.message)
+                    _log_attempt("bus_unreachable", attempt, error=error.message)
             self._reconnects += 1
             self._up.set()
             log.info("bus_reconnected", reconnects=self._reconnects)
@@ -230,13 +232,20 @@ class NatsBus:
         except BaseException:
             await link.close()
             raise
-        self._link = link
+        self._link = link  # from here on handlers can answer what the new subscriptions bring
+        await link.barrier("reconnect", SUBSCRIBE_TIMEOUT_S)
 
     def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
         if not keeper.cancelled() and keeper.exception() is not None:
             self._failure = keeper.exception()
             log.error("bus_failed", error=str(self._failure), exc_info=self._failure)
             self._up.set()
+
+
+def _log_attempt(event: str, attempt: int, **fields: object) -> None:
+    """Warn at attempts 0, 1, 3, 7, …: an outage must show, and must not flood the log."""
+    if attempt & (attempt + 1) == 0:
+        log.warning(event, attempt=attempt + 1, **fields)
 
 
 def _message(message: Msg) -> Message:

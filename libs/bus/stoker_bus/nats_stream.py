@@ -17,7 +17,7 @@ from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableEr
 from stoker_bus.nats_link import Link
 from stoker_bus.port import StreamMessage
 from stoker_contracts.subjects import EVENTS_ALL, EVENTS_STREAM
-from stoker_core.errors import BusError, Disconnected, NoResponders, RequestTimeout
+from stoker_core.errors import BusError
 from stoker_core.logging import get_logger
 
 log = get_logger("bus")
@@ -116,7 +116,7 @@ class Cursor:
         return self.end is not None and self.next > self.end
 
     async def read(self, link: Link) -> AsyncGenerator[StreamMessage, None]:
-        """Messages from `next` on, moving it, until `end`. Raises what `may_go_on` knows, and other BusErrors."""
+        """Messages from `next` on, moving it, until `end`. Raises _Gap and BusErrors; see `may_go_on`."""
         last, created = await _newest(link)
         if created != self._created:
             # Another stream under the same name: the store was lost and made anew, sequences begin again.
@@ -224,8 +224,8 @@ class _Inbox:
 
 
 def may_go_on(error: Exception) -> bool:
-    """Whether a follower continues with a new consumer after `error`."""
-    return isinstance(error, _Gap | Disconnected | RequestTimeout | NoResponders)
+    """Whether a follower that has begun tries again after `error`, with a new consumer."""
+    return isinstance(error, _Gap) or (isinstance(error, BusError) and error.retryable)
 
 
 def _stream_message(message: Msg) -> StreamMessage:

@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from stoker_cli import home
+from stoker_cli import home, output
 from stoker_cli.answers import Nodes
 from stoker_cli.client import connect
 from stoker_cli.render import nodes_table
@@ -171,7 +171,7 @@ def show(report: Report, console: Console) -> None:
     console.print("[bold]system[/]")
     console.print(f"  runs at {report.gateway_url}" if report.running else "  none runs in this home")
     if report.nodes.nodes:
-        console.print(nodes_table(report.nodes.nodes))
+        output.table(nodes_table(report.nodes.nodes))
     for problem in report.problems:
         console.print(f"[red]wrong:[/] {escape(problem)}")
     if not report.problems:

@@ -47,7 +47,7 @@ class NodeView(View, frozen=True):
 class InstanceView(View, frozen=True):
     """One instance, or a start that was decided and does not show yet.
 
-    device_bytes: on each of its devices; None (its model is unknown): it holds them whole.
+    gpu_bytes: on each of its GPUs; None (its model is unknown): it holds them whole. CPU slots are always held whole.
     stop_asked_ms: since the last stop command; None: it is meant to run.  stops: stop commands so far.
     """
 
@@ -56,7 +56,7 @@ class InstanceView(View, frozen=True):
     node: str
     devices: tuple[int, ...]
     state: InstanceState
-    device_bytes: int | None
+    gpu_bytes: int | None
     running: int = 0
     idle_ms: int = 0
     stop_asked_ms: int | None = None

@@ -45,17 +45,16 @@ def _serve(model: ModelSpec, cluster: Cluster, where: list[Room]) -> list[Comman
     impossible = _impossible(model, cluster)
     if impossible:
         return [Reject(model_id=model.model_id, reason=impossible)]
-    need_bytes = model.device_bytes
     room = fit(model, where)
     if room is not None:
-        free_bytes = room.free_bytes
+        need_bytes, free_bytes = model.bytes_on(room.device), room.free_bytes
         room.take(need_bytes)
-        reason = f"demand; needs {need_bytes} bytes, {free_bytes} were free"
-        return [Start(model_id=model.model_id, node=room.node.name, devices=(room.index,), reason=reason)]
+        reason = f"demand; takes {need_bytes} bytes, {free_bytes} were free"
+        return [Start(model_id=model.model_id, node=room.node.name, devices=(room.device.index,), reason=reason)]
     # What is taken here is only claimed: a younger demand must neither use nor count on it.
     room = coming(model, where)
     if room is not None:
-        room.take(need_bytes)
+        room.take(model.bytes_on(room.device))
         return []
     cleared = make_room(model, where)
     if cleared is None:
@@ -63,17 +62,17 @@ def _serve(model: ModelSpec, cluster: Cluster, where: list[Room]) -> list[Comman
     room, victims = cleared
     for victim in victims:
         room.leave(victim)
-    room.take(need_bytes)
+    room.take(model.bytes_on(room.device))
     return [stop(v, f"idle for {v.idle_ms} ms, makes room for {model.name}") for v in victims]
 
 
 def _impossible(model: ModelSpec, cluster: Cluster) -> str:
     """Why no known device could ever take `model`, or ''. Nodes that are away may come back, so they count."""
-    largest_bytes = max((d.memory_bytes for n in cluster.nodes for d in n.devices), default=None)
-    need_bytes = model.device_bytes
-    if largest_bytes is None or need_bytes <= largest_bytes:
+    devices = [device for node in cluster.nodes for device in node.devices]
+    if not devices or any(model.bytes_on(device) <= device.memory_bytes for device in devices):
         return ""
+    largest = max(devices, key=lambda d: d.memory_bytes)
     return (
-        f"needs {need_bytes} bytes ({model.weight_bytes} of weights + {model.kv_cache_bytes} of KV cache, "
-        f"and a tenth on top); the largest device has {largest_bytes}"
+        f"needs {model.bytes_on(largest)} bytes ({model.weight_bytes} of weights, {model.kv_cache_bytes} of KV cache, "
+        f"and what its engine takes beside them); the largest device has {largest.memory_bytes}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from stoker_contracts.models import EngineKind, ModelSpec
+from stoker_contracts.models import Device, DeviceKind, EngineKind, ModelSpec
 from stoker_policy.cluster import Cluster, InstanceView, NodeView
 
 
@@ -18,8 +18,7 @@ class Room:
     """
 
     node: NodeView
-    index: int
-    memory_bytes: int
+    device: Device
     free_bytes: int
     coming_bytes: int = 0
     crowd: int = 0
@@ -27,7 +26,7 @@ class Room:
 
     @property
     def key(self) -> tuple[str, int]:
-        return (self.node.name, self.index)
+        return (self.node.name, self.device.index)
 
     def take(self, size_bytes: int) -> None:
         self.free_bytes -= size_bytes
@@ -45,7 +44,7 @@ def rooms(cluster: Cluster, leaving: Iterable[str], spared: Iterable[str]) -> li
     leaving: ids of instances that this decision stops.  spared: models whose idle instances must stay.
     """
     by_key = {
-        (node.name, device.index): Room(node, device.index, device.memory_bytes, device.memory_bytes)
+        (node.name, device.index): Room(node, device, device.memory_bytes)
         for node in cluster.nodes
         if node.usable
         for device in node.devices
@@ -68,13 +67,13 @@ def rooms(cluster: Cluster, leaving: Iterable[str], spared: Iterable[str]) -> li
 
 def fit(model: ModelSpec, where: list[Room]) -> Room | None:
     """The device that takes `model` now: the emptiest, then the node that holds most of it, then by (node, index)."""
-    fits = [r for r in where if _serves(r.node, model) and r.free_bytes >= model.device_bytes]
+    fits = [r for r in where if _serves(r.node, model) and r.free_bytes >= model.bytes_on(r.device)]
     return min(fits, key=lambda r: (r.crowd, -r.node.held_bytes(model.model_id), r.key), default=None)
 
 
 def coming(model: ModelSpec, where: list[Room]) -> Room | None:
     """The device that will take `model` once those who leave it are gone, by (node, index)."""
-    fits = [r for r in where if _serves(r.node, model) and r.free_bytes + r.coming_bytes >= model.device_bytes]
+    fits = [r for r in where if _serves(r.node, model) and r.free_bytes + r.coming_bytes >= model.bytes_on(r.device)]
     return min(fits, key=lambda r: r.key, default=None)
 
 
@@ -87,7 +86,7 @@ def make_room(model: ModelSpec, where: list[Room]) -> tuple[Room, list[InstanceV
     for room in where:
         if not _serves(room.node, model):
             continue
-        missing_bytes = model.device_bytes - room.free_bytes - room.coming_bytes
+        missing_bytes = model.bytes_on(room.device) - room.free_bytes - room.coming_bytes
         victims = []
         for instance in sorted(room.idle, key=lambda i: (-i.idle_ms, i.instance_id)):
             victims.append(instance)
@@ -103,4 +102,5 @@ def _serves(node: NodeView, model: ModelSpec) -> bool:
 
 
 def _size_bytes(instance: InstanceView, room: Room) -> int:
-    return room.memory_bytes if instance.device_bytes is None else instance.device_bytes
+    whole = instance.gpu_bytes is None or room.device.kind is DeviceKind.CPU
+    return room.device.memory_bytes if whole else instance.gpu_bytes or 0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import os
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
@@ -34,6 +31,7 @@ from stoker_gateway.placing import Placing
 from stoker_gateway.prepare import Preparer
 from stoker_gateway.queues import Dispatcher, Queues
 from stoker_gateway.routes import Routes
+from stoker_gateway.salt import cache_salt
 from stoker_gateway.settings import GatewaySettings
 from stoker_gateway.streams import Streams
 from stoker_gateway.texts import TokenizerCache
@@ -177,14 +175,9 @@ class Gateway:
     async def _judge(self) -> None:
         now_s, up_since_s = self._clock.monotonic_s(), self._link.up_since_s()
         self._streams.judge(self._link)
+        self._dispatcher.reopen(now_s)
         self._routes.drop_silent(now_s, link_up_since_s=up_since_s)
         self._stores.drop_silent(now_s, limit_s=SILENCE_LIMIT_S, link_up_since_s=up_since_s)
-
-
-def cache_salt(cluster_secret: str, tenant: str) -> str:
-    """What keeps tenants' prefix caches apart: no tenant can guess another's. Without a secret it holds for this process."""
-    key = cluster_secret.encode() or secrets.token_bytes(32)
-    return hmac.new(key, tenant.encode(), hashlib.sha256).hexdigest()
 
 
 def _jitter() -> float:

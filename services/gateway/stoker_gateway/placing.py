@@ -145,7 +145,9 @@ class Placing:
             routes.accepted(route, reply.room)
             self._streams.accepted(stream)
             return True
-        routes.refused(route, stopping=reply.reason is RefusedReason.STOPPING)
+        busy, stopping = reply.reason is RefusedReason.BUSY, reply.reason is RefusedReason.STOPPING
+        retry_s = self._clock.monotonic_s() + reply.retry_after_ms / 1000 if busy and reply.retry_after_ms else 0.0
+        routes.refused(route, stopping=stopping, retry_s=retry_s)
         log.info("offer_refused", request=job.request_id, instance=route.instance_id, reason=reply.reason)
         if reply.reason is RefusedReason.UNSUPPORTED:
             raise EngineFailed(reply.message or "the instance cannot serve this request")

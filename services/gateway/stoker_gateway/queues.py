@@ -93,6 +93,13 @@ class Dispatcher:
             self.queues.grant(ticket, route)
         self.changed.set()
 
+    def reopen(self, now_s: float) -> None:
+        """Try again where instances said when to."""
+        if models := self.queues.models():
+            self.routes.reopen(now_s)
+            for model_id in models:
+                self.wake(model_id)
+
     def leave(self, ticket: Ticket) -> None:
         self.queues.leave(ticket)
         self.changed.set()

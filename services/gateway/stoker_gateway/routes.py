@@ -18,6 +18,7 @@ class Route:
     """One instance, as known here.
 
     room: what the instance last said.  pending: requests sent to it and not answered yet, so not in its room.
+    retry_s: when to ask again after it refused for being busy (monotonic); 0: not by time.
     """
 
     node: str
@@ -27,6 +28,7 @@ class Route:
     state: InstanceState
     room: int
     pending: int = 0
+    retry_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,32 @@ class Routes:
         route.pending -= 1
         route.room = room
 
-    def refused(self, route: Route, *, stopping: bool = False) -> None:
-        """It did not, or did not answer: no more requests until it says that it has room."""
+    def refused(self, route: Route, *, stopping: bool = False, retry_s: float = 0.0) -> None:
+        """It did not, or did not answer: no more requests until it says that it has room, or retry_s has come."""
         route.pending -= 1
-        route.room = 0
+        route.room, route.retry_s = 0, retry_s
         if stopping:
             route.state = InstanceState.STOPPING
-        self.release(route.instance_id)
+        self._uncount(route.instance_id)
 
     def withdrawn(self, route: Route) -> None:
         """The request gave its reservation up before it was answered."""
         route.pending -= 1
-        self.release(route.instance_id)
+        self._uncount(route.instance_id)
 
     def release(self, instance_id: str) -> None:
-        """An own request at this instance ended."""
+        """An own request that was admitted ended: where it was, there is room for one, until the instance says else."""
+        self._uncount(instance_id)
+        if route := self._routes.get(instance_id):
+            route.room += 1
+
+    def reopen(self, now_s: float) -> None:
+        """Instances that refused for being busy may be asked again once their time has come."""
+        for route in self._routes.values():
+            if 0.0 < route.retry_s <= now_s:
+                route.room, route.retry_s = max(route.room, 1), 0.0
+
+    def _uncount(self, instance_id: str) -> None:
         self._outstanding[instance_id] -= 1
         if self._outstanding[instance_id] <= 0:
             del self._outstanding[instance_id]

@@ -73,10 +73,11 @@ class Streams:
         self._open.pop(session.request_id, None)
         if session.finish is not None:
             self._last_acks.append(((session.node, session.instance_id), session.wanted))
-        held = stream.holding
-        self._release(stream)
-        if held:
-            await self.cancel(session)
+        if stream.holding:
+            try:
+                await self.cancel(session)  # before others are let in, so that they find the room
+            finally:
+                self._release(stream)
 
     async def cancel(self, session: Session) -> None:
         """Tell the instance of the current attempt to stop. Without a link it ends with this gateway's lease."""

@@ -44,7 +44,7 @@ class Tracked:
     """
 
     row: InstanceRow
-    device_bytes: int | None
+    gpu_bytes: int | None
     written: bool
     status: InstanceStatus | None = None
     reserved_until_s: float | None = None

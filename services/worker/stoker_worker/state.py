@@ -104,9 +104,9 @@ class WorkerState:
         known = {device.index: device for device in self.devices}
         if not command.devices or not set(command.devices) <= known.keys():
             return Failed(code="unsupported", message=f"{self.node} has no devices {list(command.devices)}")
-        need = command.model.device_bytes // len(command.devices)
         for index in command.devices:
-            free = known[index].memory_bytes - self.used_bytes(index)
+            need = command.model.bytes_on(known[index])
+            free = known[index].memory_bytes - self.used_bytes(known[index])
             if need > free:
                 text = f"device {index} of {self.node} has {free} bytes free; {command.model.name} needs {need}"
                 return Failed(code=DeviceBusy.code, message=text, retryable=True)
@@ -118,10 +118,8 @@ class WorkerState:
             return Failed(code="busy", message=f"{command.instance_id} has {instance.running} requests", retryable=True)
         return None
 
-    def used_bytes(self, device: int) -> int:
-        return sum(
-            i.model.device_bytes // len(i.devices) for i in self.instances.values() if i.live and device in i.devices
-        )
+    def used_bytes(self, device: Device) -> int:
+        return sum(i.model.bytes_on(device) for i in self.instances.values() if i.live and device.index in i.devices)
 
     def forget_ended(self, now_s: float) -> None:
         """Ended instances stay listed for a while, so that everybody learns how they ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.gateway_rig import model_spec
+from tests.support.fake_instance import model_spec
 
 from stoker_contracts.control import InstanceStatus, WorkerStatus
 from stoker_contracts.models import InstanceState
@@ -121,6 +121,26 @@ def test_a_refusal_ends_offers_until_the_instance_says_it_has_room() -> None:
     routes.refused(must_reserve(routes))
     assert reserve(routes) is None
     assert routes.on_room("i", 1) == SPEC.model_id
+    assert reserve(routes) == "i"
+
+
+def test_a_busy_instance_is_asked_again_when_it_said_to() -> None:
+    routes = Routes()
+    routes.on_status(status(1, instance("i")), 0)
+    routes.refused(must_reserve(routes), retry_s=5.0)
+    routes.reopen(4.9)
+    assert reserve(routes) is None
+    routes.reopen(5.0)
+    assert [reserve(routes), reserve(routes)] == ["i", None]
+
+
+def test_a_short_answer_that_overtakes_its_admission_leaves_room_behind() -> None:
+    routes = Routes()
+    routes.on_status(status(1, instance("i", room=1)), 0)
+    route = must_reserve(routes)
+    routes.on_room("i", 1)  # said with the finish
+    routes.accepted(route, room=0)  # said before it, heard after it
+    routes.release("i")
     assert reserve(routes) == "i"
 
 

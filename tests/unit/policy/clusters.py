@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from tests.support.fake_worker import GIB, cpu_slots, model_spec
+from tests.support.fake_worker import GIB, model_spec
 
 from stoker_contracts.models import Device, DeviceKind, EngineKind, InstanceState, ModelSpec
 from stoker_policy import Cluster, DemandView, FailureView, HeldView, InstanceView, NodeView
 
-NEED_BYTES = model_spec("a").device_bytes  # 1.65 GiB: one fits a slot of 2 GiB, two fit one of 4 GiB
+NEED_BYTES = model_spec("a").gpu_bytes  # 1.65 GiB: one fits a slot of 2 GiB, two fit one of 4 GiB
 
 
 def node(name: str = "n1", slots: int = 1, memory_bytes: int = 2 * GIB, **fields: object) -> NodeView:
     values: dict[str, object] = {"prepared": ("LlamaForCausalLM",)}
-    return NodeView(name=name, devices=cpu_slots(slots, memory_bytes), **(values | fields))  # type: ignore[arg-type]
+    values["devices"] = gpus(slots, memory_bytes)
+    return NodeView(name=name, **(values | fields))  # type: ignore[arg-type]
+
+
+def gpus(count: int, memory_bytes: int) -> tuple[Device, ...]:
+    return tuple(Device(index=i, kind=DeviceKind.CUDA, name="", memory_bytes=memory_bytes) for i in range(count))
 
 
 def instance(instance_id: str, model_id: str, **fields: object) -> InstanceView:
@@ -21,7 +26,7 @@ def instance(instance_id: str, model_id: str, **fields: object) -> InstanceView:
         "node": "n1",
         "devices": (0,),
         "state": InstanceState.READY,
-        "device_bytes": NEED_BYTES,
+        "gpu_bytes": NEED_BYTES,
     }
     return InstanceView(instance_id=instance_id, model_id=model_id, **(values | fields))  # type: ignore[arg-type]
 
@@ -57,7 +62,12 @@ def nodes(draw: st.DrawFn) -> tuple[NodeView, ...]:
         NodeView(
             name=name,
             devices=tuple(
-                Device(index=i, kind=DeviceKind.CPU, name="", memory_bytes=draw(st.sampled_from((1, 2, 2, 3, 8))) * GIB)
+                Device(
+                    index=i,
+                    kind=draw(st.sampled_from((DeviceKind.CPU, DeviceKind.CUDA))),
+                    name="",
+                    memory_bytes=draw(st.sampled_from((1, 2, 2, 3, 8))) * GIB,
+                )
                 for i in range(draw(st.integers(0, 2)))
             ),
             answered=draw(usually),
@@ -82,7 +92,7 @@ def crowded(draw: st.DrawFn) -> Cluster:
             draw(st.sampled_from(_MODEL_IDS[1:])),
             node=name,
             devices=(index,),
-            device_bytes=draw(st.sampled_from((GIB, GIB, 2 * GIB))),
+            gpu_bytes=draw(st.sampled_from((GIB, GIB, 2 * GIB))),
             running=draw(st.sampled_from((0, 0, 1))),
             idle_ms=draw(st.sampled_from((0, 10, 10, 500))),
             stop_asked_ms=draw(st.sampled_from((None,) * 7 + (100,))),
@@ -116,7 +126,7 @@ def anything(draw: st.DrawFn) -> Cluster:
                 state=draw(
                     st.sampled_from((*InstanceState, InstanceState.READY, InstanceState.READY, InstanceState.READY))
                 ),
-                device_bytes=draw(st.sampled_from((None, 0, GIB, GIB, 2 * GIB, 2 * GIB, 4 * GIB))),
+                gpu_bytes=draw(st.sampled_from((None, 0, GIB, GIB, 2 * GIB, 2 * GIB, 4 * GIB))),
                 running=draw(st.sampled_from((0, 0, 1))),
                 idle_ms=draw(st.sampled_from((0, 500, 2000, 70_000))),
                 stop_asked_ms=draw(st.sampled_from((None, None, 0, 100_000))),

@@ -6,7 +6,7 @@ import pytest
 from tests.support.fake_worker import GIB, model_spec
 from tests.unit.policy.clusters import NEED_BYTES, demand, instance, node
 
-from stoker_contracts.models import EngineKind, InstanceState
+from stoker_contracts.models import Device, DeviceKind, EngineKind, InstanceState
 from stoker_policy import Cluster, FailureView, HeldView, Prepare, Reject, Start, Stop, decide
 from stoker_policy.backoff import backoff_ms
 
@@ -88,7 +88,7 @@ def test_among_empty_devices_the_node_that_holds_the_weights_wins() -> None:
 
 
 def test_an_instance_of_an_unknown_model_holds_its_device_whole() -> None:
-    found = instance("i1", "z", device_bytes=None, running=1)
+    found = instance("i1", "z", gpu_bytes=None, running=1)
     big = node(memory_bytes=64 * GIB)
     assert starts(Cluster(nodes=(big,), models=(A,), demands=(demand("a"),), instances=(found,))) == []
 
@@ -159,7 +159,7 @@ def test_the_longest_idle_instance_of_another_model_makes_room_and_ties_go_by_id
 
 
 def test_as_many_instances_make_room_as_the_model_needs_and_no_more() -> None:
-    small = {"device_bytes": GIB}
+    small = {"gpu_bytes": GIB}
     big = model_spec("big", weight_bytes=2 * GIB)  # 2.75 GiB
     cluster = Cluster(
         nodes=(node(memory_bytes=4 * GIB),),
@@ -222,7 +222,7 @@ def test_a_model_that_fits_no_device_even_when_empty_is_rejected_with_the_arithm
     huge = model_spec("huge", weight_bytes=64 * GIB)
     [command] = decide(Cluster(nodes=(node(), node("n2", silent=True)), models=(huge,), demands=(demand("huge"),)))
     assert isinstance(command, Reject)
-    assert str(huge.device_bytes) in command.reason
+    assert str(huge.gpu_bytes) in command.reason
     assert str(2 * GIB) in command.reason
 
 
@@ -272,3 +272,14 @@ def test_each_node_prepares_each_vllm_architecture_once() -> None:
 def test_an_architecture_that_is_being_prepared_is_not_ordered_again() -> None:
     busy = node("n1", prepared=(), preparing=("LlamaForCausalLM",))
     assert decide(Cluster(nodes=(busy,), models=(A,))) == []
+
+
+def test_a_cpu_slot_holds_one_instance_however_much_memory_it_has() -> None:
+    slots = tuple(Device(index=i, kind=DeviceKind.CPU, name="", memory_bytes=64 * GIB) for i in range(2))
+    cluster = Cluster(
+        nodes=(node(devices=slots),),
+        models=tuple(model_spec(m) for m in "abc"),
+        demands=(demand("a", 1, 30), demand("b", 1, 20), demand("c", 1, 10)),
+    )
+    starts = [c for c in decide(cluster) if isinstance(c, Start)]
+    assert [(c.model_id, c.devices) for c in starts] == [("a", (0,)), ("b", (1,))]

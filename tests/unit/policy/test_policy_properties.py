@@ -10,33 +10,33 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from tests.unit.policy.clusters import clusters
 
-from stoker_contracts.models import EngineKind, InstanceState
+from stoker_contracts.models import Device, DeviceKind, EngineKind, InstanceState
 from stoker_policy import Cluster, InstanceView, Prepare, Reject, Start, Stop, decide
 
 many = settings(max_examples=100, deadline=None)
 
 
-def _used_bytes(cluster: Cluster, node: str, index: int, memory_bytes: int) -> int:
+def _used_bytes(cluster: Cluster, node: str, device: Device) -> int:
     return sum(
-        memory_bytes if i.device_bytes is None else i.device_bytes
+        device.memory_bytes if i.gpu_bytes is None or device.kind is DeviceKind.CPU else i.gpu_bytes
         for i in cluster.instances
-        if i.node == node and index in i.devices and i.state not in (InstanceState.STOPPED, InstanceState.FAILED)
+        if i.node == node and device.index in i.devices and i.state not in (InstanceState.STOPPED, InstanceState.FAILED)
     )
 
 
 @many
 @given(clusters())
 def test_starts_never_over_commit_a_device(cluster: Cluster) -> None:
-    needs = {m.model_id: m.device_bytes for m in cluster.models}
-    memory = {(n.name, d.index): d.memory_bytes for n in cluster.nodes for d in n.devices}
+    models = {m.model_id: m for m in cluster.models}
+    devices = {(n.name, d.index): d for n in cluster.nodes for d in n.devices}
     added: Counter[tuple[str, int]] = Counter()
     for command in decide(cluster):
         if isinstance(command, Start):
             for index in command.devices:
-                added[(command.node, index)] += needs[command.model_id]
+                added[(command.node, index)] += models[command.model_id].bytes_on(devices[(command.node, index)])
     for (node, index), bytes_added in added.items():
-        used = _used_bytes(cluster, node, index, memory[(node, index)])
-        assert used + bytes_added <= memory[(node, index)]
+        device = devices[(node, index)]
+        assert _used_bytes(cluster, node, device) + bytes_added <= device.memory_bytes
 
 
 @many
@@ -112,7 +112,7 @@ def test_a_model_that_is_served_by_a_node_in_use_is_not_started_again(cluster: C
 def test_once_its_commands_are_carried_out_a_decision_orders_nothing_that_it_ordered_before(cluster: Cluster) -> None:
     """Carried out at once: starts are reserved, stops are asked. Then the same facts must bring no repeat."""
     commands = decide(cluster)
-    needs = {m.model_id: m.device_bytes for m in cluster.models}
+    needs = {m.model_id: m.gpu_bytes for m in cluster.models}
     asked = {c.instance_id for c in commands if isinstance(c, Stop)}
     views = [replace(i, stop_asked_ms=0, stops=i.stops + 1) if i.instance_id in asked else i for i in cluster.instances]
     views += [
@@ -122,7 +122,7 @@ def test_once_its_commands_are_carried_out_a_decision_orders_nothing_that_it_ord
             node=command.node,
             devices=command.devices,
             state=InstanceState.STARTING,
-            device_bytes=needs[command.model_id],
+            gpu_bytes=needs[command.model_id],
         )
         for command in commands
         if isinstance(command, Start)

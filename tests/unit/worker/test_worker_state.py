@@ -28,7 +28,7 @@ def spec(**fields: object) -> ModelSpec:
 
 
 def state(**fields: object) -> WorkerState:
-    devices = [Device(index=i, kind=DeviceKind.CPU, name="slot", memory_bytes=2 * GIB) for i in range(2)]
+    devices = [Device(index=i, kind=DeviceKind.CUDA, name="gpu", memory_bytes=2 * GIB) for i in range(2)]
     return WorkerState(
         **({"node": "n", "boot_id": "b", "devices": devices, "engines": [EngineKind.SIM], "term": 3} | fields)
     )
@@ -59,8 +59,20 @@ def test_a_start_that_does_not_fit_beside_what_runs_is_refused_with_the_numbers(
     refused = s.check_start(start())
     assert refused.code == "device_busy"
     assert refused.retryable
-    assert str(spec().device_bytes) in refused.message
+    assert str(spec().gpu_bytes) in refused.message
     assert s.check_start(start(devices=(1,))) is None
+
+
+def test_a_gpu_is_shared_while_memory_lasts_and_a_cpu_slot_never():
+    small = spec(weight_bytes=GIB // 4)
+    gpu, cpu = (
+        state(devices=[Device(index=0, kind=DeviceKind(k), name="", memory_bytes=4 * GIB)]) for k in ("cuda", "cpu")
+    )
+    for s in (gpu, cpu):
+        assert s.check_start(start(model=small)) is None
+        s.instances["i-0"] = Instance("i-0", small, (0,), started_at_s=0.0)
+    assert gpu.check_start(start(model=small)) is None
+    assert cpu.check_start(start(model=small)).code == "device_busy"
 
 
 def test_an_ended_instance_takes_no_memory():

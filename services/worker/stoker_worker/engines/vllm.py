@@ -64,7 +64,7 @@ class VllmEngine:
                     "cudagraph_capture_sizes": sizes,
                 },
                 # vLLM's start-up check ignores kv_cache_memory_bytes and compares this share with what is free.
-                "gpu_memory_utilization": min(0.95, spec.device_bytes / max(device_bytes, 1)),
+                "gpu_memory_utilization": min(0.95, spec.gpu_bytes / max(device_bytes, 1)),
             }
         try:
             self._engine = LLMEngine.from_engine_args(

@@ -1,0 +1,173 @@
+"""The admin API on real NATS and Postgres; a scripted storage agent answers registrations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.support.fake_instance import model_spec
+from tests.support.gateway_rig import Rig, gateway_rig, tokenizer_files, tokens_of
+
+from stoker_bus.port import Message, answer, send
+from stoker_contracts import subjects
+from stoker_contracts.codec import decode
+from stoker_contracts.control import Failed, HeldModel, Registered, RegisterModel, StoreStatus, TierStatus
+from stoker_contracts.models import EngineKind, InstanceState, Tier
+from stoker_db.ports import InstanceRow, NodeRow, Placement
+
+
+@pytest.fixture
+async def rig(nats_url: str, postgres_url: str, tmp_path: Path) -> AsyncIterator[Rig]:
+    async with gateway_rig(nats_url, postgres_url, tmp_path, register_timeout_s=1.0) as rig:
+        yield rig
+
+
+async def store_says(rig: Rig, node: str, reply: Failed | None = None) -> list[RegisterModel]:
+    """A storage agent on `node`, live; registers what it is asked for, or answers `reply`."""
+    asked: list[RegisterModel] = []
+
+    async def register(message: Message) -> None:
+        wanted: RegisterModel = decode(RegisterModel, message.data)
+        asked.append(wanted)
+        if reply is not None:
+            await answer(rig.bus, message, reply)
+            return
+        spec = model_spec(wanted.name, source=wanted.source)
+        await rig.database.models.add(spec, tokenizer_files())
+        await answer(rig.bus, message, Registered(model=spec, created=True, files=4, total_bytes=5000))
+
+    await rig.bus.subscribe(subjects.store_register(node), register)
+    status = StoreStatus(
+        node=node,
+        boot_id="s1",
+        seq=1,
+        tiers=(TierStatus(tier=Tier.SSD, capacity_bytes=100, used_bytes=10, read_bytes_per_s=5.0),),
+        held=(HeldModel(model_id=rig.spec.model_id, tier=Tier.SSD, held_bytes=600, total_bytes=1200),),
+    )
+    await send(rig.bus, subjects.status_store(node), status)
+    return asked
+
+
+BODY = {"name": "new", "source": "file:///models/new", "options": {"engine": "sim", "slots": 3}}
+
+
+async def test_a_model_is_registered_by_the_storage_agent_and_served_at_once(rig: Rig) -> None:
+    asked = await store_says(rig, "node-a")
+    status, body, _ = await rig.post("/admin/v1/models", {**BODY, "node": "node-a"})
+    assert status == 201
+    assert body["created"] is True
+    assert body["model"]["name"] == "new"  # type: ignore[index]
+    assert body["model"]["keep_alive_s"] == 60.0  # type: ignore[index]
+    assert asked[0].options.engine is EngineKind.SIM
+    assert asked[0].options.slots == 3
+    assert (await rig.client.models.retrieve("new")).id == "new"
+
+
+async def test_without_a_node_the_first_live_one_is_asked(rig: Rig) -> None:
+    status, body, response = await rig.post("/admin/v1/models", BODY)
+    assert status == 503
+    assert body["error"]["code"] == "no_node"  # type: ignore[index]
+    assert response.headers["Retry-After"]
+    asked = {node: await store_says(rig, node) for node in ("node-b", "node-a")}
+    await _until_nodes(rig, 2)
+    status, _, _ = await rig.post("/admin/v1/models", BODY)
+    assert status == 201
+    assert (len(asked["node-a"]), len(asked["node-b"])) == (1, 0)
+
+
+async def test_a_node_that_is_not_there_is_503(rig: Rig) -> None:
+    status, body, _ = await rig.post("/admin/v1/models", {**BODY, "node": "absent"})
+    assert (status, body["error"]["code"]) == (503, "no_responders")  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("refused_checkpoint", 400), ("corrupt_checkpoint", 400), ("invalid_model_name", 400), ("model_exists", 409)],
+)
+async def test_a_refused_registration_says_why(rig: Rig, code: str, expected: int) -> None:
+    await store_says(rig, "node-a", Failed(code=code, message="the reason"))
+    status, body, _ = await rig.post("/admin/v1/models", {**BODY, "node": "node-a"})
+    assert status == expected
+    assert (body["error"]["code"], body["error"]["message"]) == (code, "the reason")  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"name": 5}, "name"),
+        ({"name": None}, "name"),
+        ({"source": None}, "source"),
+        ({"options": 5}, "options"),
+        ({"options": {"slots": "many"}}, "options.slots"),
+        ({"options": {"made_up": 1}}, "options.made_up"),
+        ({"node": "a.b"}, "node"),
+        ({"made_up": 1}, "made_up"),
+    ],
+)
+async def test_a_bad_registration_names_its_field(rig: Rig, change: dict[str, object], param: str) -> None:
+    await store_says(rig, "node-a")
+    status, body, _ = await rig.post("/admin/v1/models", {**BODY, "node": "node-a", **change})
+    assert status == 400
+    assert body["error"]["param"] == param  # type: ignore[index]
+
+
+async def test_models_show_their_instances_and_tiers(rig: Rig) -> None:
+    await store_says(rig, "node-a")
+    await _until_nodes(rig, 1)
+    await rig.node.add("i1", rig.spec, tokens_of("x"))
+    await rig.database.tiers.place(Placement(model_id=rig.spec.model_id, node="node-a", tier=Tier.SSD, held_bytes=600))
+    await rig.client.completions.create(model="tiny", prompt="x")
+    (model,) = (await (await rig.http.get("/admin/v1/models")).json())["models"]
+    assert model["name"] == "tiny"
+    assert model["engine"] == "vllm"
+    assert [(i["instance_id"], i["node"], i["state"]) for i in model["instances"]] == [("i1", "node-a", "ready")]
+    assert model["tiers"] == [{"node": "node-a", "tier": "ssd", "held_bytes": 600, "total_bytes": 1200}]
+
+
+async def test_a_deleted_model_is_gone_at_once(rig: Rig) -> None:
+    response = await rig.http.delete("/admin/v1/models/tiny")
+    assert (response.status, (await response.json())["deleted"]) == (200, True)
+    assert (await rig.http.get("/v1/models/tiny")).status == 404
+    assert (await rig.http.delete("/admin/v1/models/tiny")).status == 404
+
+
+async def test_instances_come_from_workers_and_from_the_database(rig: Rig) -> None:
+    term = await rig.database.leadership().acquire("test") or 0
+    for number in (1, 2):
+        row = InstanceRow(
+            instance_id=f"i{number}",
+            model_id=rig.spec.model_id,
+            node="node-a",
+            boot_id="boot-1",
+            devices=(0,),
+            desired=InstanceState.READY,
+            actual=InstanceState.STARTING,
+            term=term,
+        )
+        await rig.database.instances.desire(row)
+    await rig.node.add("i2", rig.spec, tokens_of("x"))
+    await rig.client.completions.create(model="tiny", prompt="x")
+    found = (await (await rig.http.get("/admin/v1/instances")).json())["instances"]
+    assert {i["instance_id"]: i["state"] for i in found} == {"i1": "starting", "i2": "ready"}
+    assert {i["model"] for i in found} == {"tiny"}
+
+
+async def test_nodes_show_what_lives_and_what_is_only_registered(rig: Rig) -> None:
+    await store_says(rig, "node-a")
+    await rig.database.nodes.register(NodeRow(name="away", boot_id="b"), replaces=None)
+    await _until_nodes(rig, 1)
+    await rig.node.report()
+    nodes = {n["node"]: n for n in (await (await rig.http.get("/admin/v1/nodes")).json())["nodes"]}
+    assert not nodes["away"]["live"]
+    assert nodes["node-a"]["store_live"]
+    assert nodes["node-a"]["tiers"][0]["read_bytes_per_s"] == 5.0
+
+
+async def _until_nodes(rig: Rig, count: int) -> None:
+    """Wait until the gateway has heard `count` storage agents."""
+    for _ in range(500):
+        nodes = (await (await rig.http.get("/admin/v1/nodes")).json())["nodes"]
+        if sum(node["store_live"] for node in nodes) == count:
+            return
+    raise AssertionError(f"{count} storage agents were not heard")
