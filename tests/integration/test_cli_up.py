@@ -83,7 +83,7 @@ def environment(process: psutil.Process) -> dict[str, str]:
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return {}
-        return process.environ()
+        return dict(process.environ())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return {}
 

@@ -156,7 +156,7 @@ async def test_a_stream_goes_on_after_the_bus_was_away_for_a_moment(
     nats_server: NatsServer, postgres_url: str, tmp_path: Path
 ) -> None:
     async with gateway_rig(nats_server.url, postgres_url, tmp_path) as rig:
-        instance = await rig.node.add("i1", rig.spec, tokens_of("word " * 30))
+        instance = await rig.node.add("i1", rig.spec, tokens_of("word " * 12))
         instance.delay_s = 0.1
         asked = asyncio.create_task(ask(rig))
         await eventually(lambda: instance.running == 1, "the request runs")
@@ -164,7 +164,7 @@ async def test_a_stream_goes_on_after_the_bus_was_away_for_a_moment(
         await eventually(lambda: not rig.bus.connected, "the link is down")
         nats_server.start()
         answer = await asked
-        assert answer.choices[0].message.content == "word " * 30
+        assert answer.choices[0].message.content == "word " * 12
 
 
 async def test_the_process_becomes_ready_serves_and_ends_cleanly_on_sigterm(

@@ -230,22 +230,20 @@ asyncio.run(main(Path(sys.argv[1])))
             await asyncio.sleep(0.02)
 
 
-async def test_logs_are_kept_from_run_to_run_and_moved_aside(tmp_path: Path) -> None:
-    for text in ("first", "second"):
-        async with supervised(
-            tmp_path, process("one", f"print({text!r}, flush=True); import time; time.sleep(600)")
-        ) as r:
-            await r.until(
-                lambda text=text: text in (tmp_path / "logs/one.log").read_text() if r.supervisor.pid("one") else 0
-            )
-            await r.end()
-    assert (tmp_path / "logs/one.log").read_text() == "second\n"
-    assert (tmp_path / "logs/one.log.1").read_text() == "first\n"
+async def test_logs_of_the_run_before_are_kept_aside(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "one.log"
+    for text in ("first\n", "second\n"):
+        code = f"import time; print({text.strip()!r}, flush=True); time.sleep(600)"
+        async with supervised(tmp_path, process("one", code)) as running:
+            while not (log.exists() and log.read_text() == text):
+                await asyncio.sleep(0.02)
+            await running.end()
+    assert log.with_suffix(".log.1").read_text() == "first\n"
 
 
 def alive(pid: int) -> bool:
     """A zombie that nobody has reaped yet does not count."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

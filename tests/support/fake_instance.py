@@ -9,6 +9,7 @@ async with FakeNode(bus) as node:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -227,7 +228,8 @@ class FakeInstance:
         message = Frames(
             node=self._node.name, instance_id=self.instance_id, frames=frames, room=self.room, steps=self._steps
         )
-        await send(self._node.bus, subjects.gateway_frames(gateway_id), message)
+        with contextlib.suppress(Disconnected):  # kept, and sent again until acked
+            await send(self._node.bus, subjects.gateway_frames(gateway_id), message)
 
     async def tick(self, *, keepalive: bool) -> None:
         """Send again what was not acked in time; keepalives where a request is in hand."""
@@ -304,17 +306,15 @@ class FakeNode:
             instances=tuple(instance.status() for instance in self.instances.values()),
             zygote_ready=True,
         )
-        await send(self.bus, subjects.status_worker(self.name), status)
+        with contextlib.suppress(Disconnected):  # a real one repeats itself too
+            await send(self.bus, subjects.status_worker(self.name), status)
 
     async def _loop(self) -> None:
         ticks = 0
         while True:
-            try:
-                if ticks % round(STATUS_INTERVAL_S / TICK_S) == 0:
-                    await self.report()
-                for instance in list(self.instances.values()):
-                    await instance.tick(keepalive=ticks % round(KEEPALIVE_S / TICK_S) == 0)
-            except Disconnected:
-                pass  # a real one repeats itself too
+            if ticks % round(STATUS_INTERVAL_S / TICK_S) == 0:
+                await self.report()
+            for instance in list(self.instances.values()):
+                await instance.tick(keepalive=ticks % round(KEEPALIVE_S / TICK_S) == 0)
             ticks += 1
             await self.clock.sleep(TICK_S)

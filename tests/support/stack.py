@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -114,8 +116,9 @@ class Stack:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    directory = tmp_path_factory.mktemp("stack")
+def stack() -> Iterator[Stack]:
+    # Not below pytest's own directory: every pytest that starts closes that to other users, and Postgres is one.
+    directory = Path(tempfile.mkdtemp(prefix="stoker-test-"))
     made = Stack(directory / "home", directory / "up.log")
     try:
         made.wait_ready()
@@ -123,3 +126,4 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     finally:
         if made.process.poll() is None:
             made.stop()
+        shutil.rmtree(directory, ignore_errors=True)

@@ -226,14 +226,13 @@ class NatsBus:
         try:
             for subscription in list(self._subscriptions):
                 await subscription.attach(link)
-        except (errors.Error, OSError) as error:
+            self._link = link  # from here on handlers can answer what the new subscriptions bring
+            await link.barrier("reconnect", SUBSCRIBE_TIMEOUT_S)
+        except BaseException as error:
             await link.close()
-            raise link.translated(error) from error
-        except BaseException:
-            await link.close()
+            if isinstance(error, errors.Error | OSError):
+                raise link.translated(error) from error
             raise
-        self._link = link  # from here on handlers can answer what the new subscriptions bring
-        await link.barrier("reconnect", SUBSCRIBE_TIMEOUT_S)
 
     def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
         if not keeper.cancelled() and keeper.exception() is not None:
