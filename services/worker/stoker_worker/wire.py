@@ -46,8 +46,8 @@ class Fork(Contract, frozen=True, tag="fork"):
     config: InstanceConfig
 
 
-class Preload(Contract, frozen=True, tag="preload"):
-    """Worker → zygote: import what instances of this architecture need, so that no fork pays for it."""
+class Prepare(Contract, frozen=True, tag="prepare"):
+    """Worker → zygote: have vLLM inspect this architecture, then import its module, so that no start pays for it."""
 
     architecture: str
 
@@ -59,6 +59,13 @@ class ZygoteReady(Contract, frozen=True, tag="ready"):
 class Forked(Contract, frozen=True, tag="forked"):
     instance_id: str
     pid: int
+
+
+class Prepared(Contract, frozen=True, tag="prepared"):
+    """failure: why vLLM cannot run this architecture, or ''."""
+
+    architecture: str
+    failure: str = ""
 
 
 class ForkRefused(Contract, frozen=True, tag="fork_refused"):
@@ -73,8 +80,8 @@ class ChildExited(Contract, frozen=True, tag="exited"):
     status: int
 
 
-ToZygote = Fork | Preload
-FromZygote = ZygoteReady | Forked | ForkRefused | ChildExited
+ToZygote = Fork | Prepare
+FromZygote = ZygoteReady | Forked | ForkRefused | ChildExited | Prepared
 
 
 class Stop(Contract, frozen=True, tag="stop"):

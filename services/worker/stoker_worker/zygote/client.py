@@ -20,7 +20,8 @@ from stoker_worker.wire import (
     ForkRefused,
     FromZygote,
     InstanceConfig,
-    Preload,
+    Prepare,
+    Prepared,
     ZygoteReady,
     pack,
     packet_pair,
@@ -33,9 +34,15 @@ _BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 10.0)
 
 
 class ZygoteListener(Protocol):
-    def zygote_changed(self) -> None: ...
+    def zygote_ready(self) -> None: ...
+
+    def zygote_lost(self, engine: EngineKind) -> None:
+        """After `exited` for each of its instances."""
+        ...
 
     def forked(self, instance_id: str, pid: int) -> None: ...
+
+    def prepared(self, architecture: str, failure: str) -> None: ...
 
     def exited(self, instance_id: str, status: int | None, reason: str) -> None:
         """status: exit code, or minus the signal; None where it was not learnt."""
@@ -80,7 +87,7 @@ class Zygote:
             failures = 0 if was_ready else failures + 1
             for instance_id in list(self._children):
                 self._ended(instance_id, None, "its zygote died")
-            self._listener.zygote_changed()
+            self._listener.zygote_lost(self.engine)
             pause_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
             log.error("zygote_died", engine=self.engine, status=process.returncode, restart_in_s=pause_s)
             await asyncio.sleep(pause_s)
@@ -95,10 +102,14 @@ class Zygote:
             raise EngineFailed(f"the {self.engine} zygote does not listen: {error}") from error
         self._children.add(config.instance_id)
 
-    def preload(self, architecture: str) -> None:
-        """Import an architecture's module before the next fork."""
-        if self.ready and self._control is not None:
-            self._control.send(pack(Preload(architecture=architecture)))
+    def prepare(self, architecture: str) -> None:
+        """Pay an architecture's first start; `prepared` follows, unless the zygote dies. Raises EngineFailed if it is not ready."""
+        if not self.ready or self._control is None:
+            raise EngineFailed(f"the {self.engine} zygote is not ready")
+        try:
+            self._control.send(pack(Prepare(architecture=architecture)))
+        except OSError as error:
+            raise EngineFailed(f"the {self.engine} zygote does not listen: {error}") from error
 
     async def _spawn(self, theirs: socket.socket) -> asyncio.subprocess.Process:
         fd = theirs.fileno()
@@ -121,18 +132,17 @@ class Zygote:
 
     async def _serve(self, ours: socket.socket, process: asyncio.subprocess.Process) -> bool:
         """Handle its messages until it is gone; returns whether it ever was ready."""
-        loop = asyncio.get_running_loop()
         ours.setblocking(False)
         self._control = ours
         try:
             async with asyncio.timeout(self._ready_timeout_s):
-                packet = await loop.sock_recv(ours, PACKET_BYTES_MAX)
+                packet = await _receive(ours)
         except TimeoutError:
             log.error("zygote_not_ready", engine=self.engine, timeout_s=self._ready_timeout_s)
             return False
         while packet:
             self._handle(unpack(FromZygote, packet))
-            packet = await loop.sock_recv(ours, PACKET_BYTES_MAX)
+            packet = await _receive(ours)
         return self.ready
 
     def _handle(self, message: FromZygote) -> None:
@@ -140,14 +150,24 @@ class Zygote:
             case ZygoteReady(import_ms=import_ms):
                 self.ready = True
                 log.info("zygote_ready", engine=self.engine, import_ms=round(import_ms))
-                self._listener.zygote_changed()
+                self._listener.zygote_ready()
             case Forked(instance_id=instance_id, pid=pid):
                 self._listener.forked(instance_id, pid)
             case ForkRefused(instance_id=instance_id, reason=reason):
                 self._ended(instance_id, None, reason)
+            case Prepared(architecture=architecture, failure=failure):
+                self._listener.prepared(architecture, failure)
             case ChildExited(instance_id=instance_id, status=status):
                 self._ended(instance_id, status, "")
 
     def _ended(self, instance_id: str, status: int | None, reason: str) -> None:
         self._children.discard(instance_id)
         self._listener.exited(instance_id, status, reason)
+
+
+async def _receive(control: socket.socket) -> bytes:
+    """The next packet; empty once the other side is gone, in whatever state it left the socket."""
+    try:
+        return await asyncio.get_running_loop().sock_recv(control, PACKET_BYTES_MAX)
+    except ConnectionError:
+        return b""

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from typing import NoReturn
+from collections.abc import Callable
 
 from stoker_contracts.models import EngineKind
 from stoker_worker.instance.main import run_instance
@@ -28,12 +28,15 @@ from stoker_worker.wire import (
     Fork,
     Forked,
     ForkRefused,
-    Preload,
+    FromZygote,
+    Prepare,
+    Prepared,
     ToZygote,
     ZygoteReady,
     pack,
     unpack,
 )
+from stoker_worker.zygote.architecture import inspect_architecture, module_of
 
 _PRELOADED = {
     EngineKind.VLLM: (
@@ -51,19 +54,11 @@ def os_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def _preload(architecture: str) -> None:
-    from vllm import ModelRegistry
-
-    entry = ModelRegistry.models.get(architecture)
-    module = getattr(entry, "module_name", None)
-    if module:
-        importlib.import_module(module)
-
-
 class Zygote:
     def __init__(self, control: socket.socket, *, wake: int) -> None:
         self._control, self._wake = control, wake
         self._children: dict[int, str] = {}
+        self._inspections: dict[int, str] = {}
 
     def run(self) -> None:
         """Serve the worker until it is gone."""
@@ -83,14 +78,8 @@ class Zygote:
             case Fork() as fork:
                 self._fork(fork, fds[0])
                 os.close(fds[0])
-            case Preload(architecture=architecture):
-                try:
-                    _preload(architecture)
-                except ImportError as error:
-                    # Its first start will say the same to whoever asked for it.
-                    sys.stderr.write(f"zygote: cannot preload {architecture}: {error}\n")
-                gc.collect()
-                gc.freeze()
+            case Prepare(architecture=architecture):
+                self._prepare(architecture)
         return True
 
     def _fork(self, fork: Fork, channel: int) -> None:
@@ -99,22 +88,39 @@ class Zygote:
         if threads != 1:
             self._send(ForkRefused(instance_id=instance_id, reason=f"the zygote has {threads} OS threads, not one"))
             return
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_instance(fork, channel, parent)
+        pid = self._child(lambda: run_instance(fork.config, socket.socket(fileno=channel)))
         self._children[pid] = instance_id
         self._send(Forked(instance_id=instance_id, pid=pid))
 
-    def _become_instance(self, fork: Fork, channel: int, parent: int) -> NoReturn:
+    def _prepare(self, architecture: str) -> None:
+        # In a child: inspecting may start threads or touch the GPU, and the zygote must stay fit to fork.
+        self._inspections[self._child(lambda: inspect_architecture(architecture))] = architecture
+
+    def _inspected(self, architecture: str, status: int) -> None:
+        failure = "" if status == 0 else f"vLLM cannot inspect {architecture} (status {status}; see the worker's log)"
+        if status == 0:
+            try:
+                importlib.import_module(module_of(architecture))
+            except ImportError as error:
+                failure = f"{architecture} cannot be imported: {error}"
+            gc.collect()
+            gc.freeze()
+        self._send(Prepared(architecture=architecture, failure=failure))
+
+    def _child(self, work: Callable[[], int]) -> int:
+        """Fork; the child does `work` and exits with what it returns."""
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
         code = 1
-        try:  # the child must never return into the zygote's code
+        try:
             die_with_parent(parent)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.close()
             os.close(self._wake)
-            code = run_instance(fork.config, socket.socket(fileno=channel))
+            code = work()
         except BaseException:  # noqa: BLE001 - nothing may unwind into the zygote's frames
             traceback.print_exc()
         finally:
@@ -122,15 +128,17 @@ class Zygote:
             os._exit(code)
 
     def _reap(self) -> None:
-        while self._children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+        while self._children or self._inspections:
+            pid, wait_status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            instance_id = self._children.pop(pid, None)
-            if instance_id:
-                self._send(ChildExited(instance_id=instance_id, status=os.waitstatus_to_exitcode(status)))
+            status = os.waitstatus_to_exitcode(wait_status)
+            if pid in self._inspections:
+                self._inspected(self._inspections.pop(pid), status)
+            elif pid in self._children:
+                self._send(ChildExited(instance_id=self._children.pop(pid), status=status))
 
-    def _send(self, message: ZygoteReady | Forked | ForkRefused | ChildExited) -> None:
+    def _send(self, message: FromZygote) -> None:
         self._control.send(pack(message))
 
 
