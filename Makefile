@@ -7,6 +7,8 @@ BIN := .venv/bin
 SOURCES := libs services tests migrations
 # Where torch for CPUs comes from if pip does not find it by itself.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# cpu | gpu: which build of vLLM the environment gets.
+ENGINE ?= cpu
 # Options of `make up`, for instance ARGS="--gateway-port 9000 --no-demo".
 ARGS ?=
 
@@ -14,7 +16,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create or update .venv from the lock; does nothing when it is current
-	@TORCH_INDEX='$(TORCH_INDEX)' PYTHON='$(PYTHON)' bash tools/setup.sh
+	@TORCH_INDEX='$(TORCH_INDEX)' PYTHON='$(PYTHON)' ENGINE='$(ENGINE)' bash tools/setup.sh
 
 up: setup ## Run a whole system on this machine until Ctrl-C (options in ARGS="…")
 	@exec $(BIN)/stoker up $(ARGS)
@@ -35,10 +37,13 @@ fmt: setup ## Format, and fix what can be fixed
 check: lint ## Before a commit: lint and unit tests, in seconds
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
 
-lock: ## Resolve requirements/cpu.txt anew from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra local --extra cpu --extra dev --python-version 3.11 --universal \
-	  --generate-hashes --no-emit-index-url --no-header -q -o requirements/cpu.txt
-	@if grep -nE '^--|://' requirements/cpu.txt; then echo 'requirements/cpu.txt must name no index or URL' >&2; exit 1; fi
+LOCK := $(BIN)/uv pip compile pyproject.toml --extra local --extra dev --python-version 3.11 \
+  --generate-hashes --no-emit-index-url --no-header -q
+
+lock: ## Resolve requirements/*.txt anew from pyproject.toml
+	$(LOCK) --extra cpu --universal -o requirements/cpu.txt
+	$(LOCK) --extra gpu --no-config --python-platform x86_64-manylinux_2_28 -o requirements/gpu.txt
+	@if grep -nE '^--|://' requirements/*.txt; then echo 'requirements/*.txt must name no index or URL' >&2; exit 1; fi
 
 clean: ## Remove what tools leave behind (not .venv, not the demo model in .cache)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv what requirements/cpu.txt says, with stoker itself in it. Does nothing when that is so already;
-# goes on after an interruption. PYTHON chooses the interpreter, TORCH_INDEX where to look for torch.
+# Make .venv what requirements/cpu.txt says (ENGINE=gpu: gpu.txt), with stoker itself in it. Does nothing when that
+# is so already; goes on after an interruption. PYTHON chooses the interpreter, TORCH_INDEX where to look for torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv
 python=$venv/bin/python
-lock=requirements/cpu.txt
+engine=${ENGINE:-cpu}
+lock=requirements/$engine.txt
 stamp=$venv/.setup-done
 log=$venv/setup.log # what pip says beside its errors
 torch=2.13.0+cpu
@@ -16,7 +17,7 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 # What the environment was made from, its own place included: an editable install points at it.
-fingerprint() { { cat "$lock" pyproject.toml tools/setup.sh; pwd; "$python" -VV; } 2>/dev/null | sha256sum; }
+fingerprint() { { echo "$engine"; cat "$lock" pyproject.toml tools/setup.sh; pwd; "$python" -VV; } 2>/dev/null | sha256sum; }
 
 supported() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1; }
 
@@ -66,6 +67,7 @@ install_lock() {
 }
 
 main() {
+    [[ -f $lock ]] || die "ENGINE is cpu or gpu, not '$engine'"
     if [[ -f $stamp && $(fingerprint) == "$(cat "$stamp")" ]]; then return; fi
     trap '[[ $? == 0 ]] || say "not finished; make setup goes on from here" >&2' EXIT
     rm -f "$stamp"
@@ -76,7 +78,7 @@ main() {
         "$base" -m venv --clear "$venv"
     fi
     : >"$log"
-    install_torch
+    if [[ $engine == cpu ]]; then install_torch; fi # the GPU's torch is PyPI's, and in the lock
     install_lock
     say "stoker itself"
     pip install --no-deps --no-build-isolation --quiet -e .

@@ -75,7 +75,7 @@ class EventPublisher:
 
     def part(self) -> Part:
         """The task that publishes. On a stop it sends what waits, trying once where the bus is gone."""
-        return Part("events", self._run, stop_intake=self._stop, drain=self._drained)
+        return Part("events", self._run, stop_intake=self._stop, drain=self.drained)
 
     async def _run(self) -> None:
         while True:
@@ -105,7 +105,8 @@ class EventPublisher:
     def _stop(self) -> None:
         self._stopping = True
 
-    async def _drained(self) -> None:
+    async def drained(self) -> None:
+        """Return once everything emitted so far is in the stream, or lost."""
         await self._idle.wait()
 
     def _lost(self, event: str, **fields: object) -> None:

@@ -96,6 +96,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             await manager.stop_all()
             publisher.emit(events.NODE_LEFT, state.node)
             await reporter.report()
+            await publisher.drained()
 
         def stop_intake() -> None:
             state.draining = True
