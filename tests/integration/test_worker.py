@@ -126,7 +126,7 @@ class Rig:
             instance = self.instance(instance_id)
             return instance is not None and instance.state == state
 
-        await eventually(reached, what=f"{instance_id} {state.value}; is {self.instance(instance_id)}")
+        await eventually(reached, what=lambda: f"{instance_id} {state.value}; is {self.instance(instance_id)}")
         found = self.instance(instance_id)
         assert found
         return found
@@ -380,3 +380,15 @@ async def test_a_second_worker_of_the_same_node_does_not_take_over_a_live_one(ri
     assert [msgspec.to_builtins(d) for d in registered.devices] == [
         msgspec.to_builtins(d) for d in (await rig.ready()).devices
     ]
+
+
+async def test_instances_stopped_in_the_middle_of_a_step_end_in_order_every_time(rig: Rig):
+    for number in range(8):
+        status = await rig.started()
+        request_id = f"r{number}"
+        await rig.generate(status.instance_id, request_id, 100_000)
+        await send(
+            rig.bus, subjects.instance_cancel(NODE, status.instance_id), Cancel(request_id=request_id, attempt=1)
+        )
+        assert await rig.stop(status.instance_id) == Done()
+        await rig.until(status.instance_id, InstanceState.STOPPED)

@@ -60,9 +60,12 @@ def running(module: str, environment: Mapping[str, str], log: Path) -> Iterator[
 
 
 async def eventually(
-    check: Callable[[], Awaitable[bool]] | Callable[[], bool], *, timeout_s: float = 30.0, what: str = ""
+    check: Callable[[], Awaitable[bool]] | Callable[[], bool],
+    *,
+    timeout_s: float = 30.0,
+    what: str | Callable[[], str] = "",
 ) -> None:
-    """Poll until `check` holds. Raises AssertionError naming `what` after timeout_s."""
+    """Poll until `check` holds. Raises AssertionError after timeout_s, naming `what` (if it is called, as of then)."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         result = check()
@@ -71,7 +74,7 @@ async def eventually(
         if result:
             return
         if time.monotonic() > deadline_s:
-            raise AssertionError(f"not within {timeout_s:g} s: {what or check}")
+            raise AssertionError(f"not within {timeout_s:g} s: {what() if callable(what) else what or check}")
         await asyncio.sleep(0.02)
 
 

@@ -65,6 +65,7 @@ def run_instance(config: InstanceConfig, channel: socket.socket) -> int:
         log.info("engine_ready", start_ms=round(ready.phases.start_ms), source=ready.load_source)
         server.announce(ready)
         run_engine(engine, commands, server.deliver)
+        server.engine_ended()
     except StokerError as error:
         log.error("engine_failed", code=error.code, error=error.message)
         _report_broken(channel, error)

@@ -28,7 +28,7 @@ _LAST_ACKS_S = 2.0
 
 
 class InstanceServer:
-    """Lives in the event loop of its thread; `deliver` and `announce` are the only calls from another one."""
+    """Lives in the event loop of its thread; `deliver`, `announce` and `engine_ended` come from the engine's."""
 
     def __init__(self, config: InstanceConfig, channel: socket.socket, commands: CommandQueue) -> None:
         self._config, self._channel, self._commands = config, channel, commands
@@ -38,6 +38,7 @@ class InstanceServer:
         self._reported_at_s = 0.0
         self._outbox: asyncio.Queue[Outgoing] = asyncio.Queue(maxsize=4096)
         self._stopping = asyncio.Event()
+        self._engine_ended = asyncio.Event()
         self._moved = asyncio.Event()  # a stream advanced, was acked or ended
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bus: Bus | None = None
@@ -52,6 +53,11 @@ class InstanceServer:
         """Tell the worker; from EngineReady on, requests are admitted."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._announced, message)
+
+    def engine_ended(self) -> None:
+        """Nothing is delivered after this; the loop may end."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._engine_ended.set)
 
     # The event loop's side.
 
@@ -80,6 +86,8 @@ class InstanceServer:
             ticker.cancel()
             await asyncio.gather(sender, ticker, return_exceptions=True)
             self._commands.put(Quit())
+            # The loop must outlive the engine's last `deliver`. The worker ends an instance that takes too long.
+            await self._engine_ended.wait()
             await bus.close()
 
     async def _on_generate(self, message: Message) -> None:
