@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 from tests.support.services import eventually
-from tests.support.stack import Stack
+from tests.support.stack import DEMO_CACHE, Stack
 
 MODEL = "smollm2-135m"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -137,7 +137,7 @@ def test_malformed_json_is_refused_in_openais_shape(stack: Stack):
 
 
 async def test_a_model_stops_after_its_keep_alive_and_starts_again(stack: Stack):
-    source = next((Path(stack.environment["STOKER_UP_DEMO_CACHE"])).glob("demo-*/smollm2-135m"))
+    source = next(DEMO_CACHE.glob("demo-*/smollm2-135m"))
     deployed = stack.cli("deploy", str(source), "--name", "short-lived", "--keep-alive", "1", "--json")
     assert deployed.returncode == 0, deployed.stderr
 
@@ -163,7 +163,7 @@ async def test_a_model_stops_after_its_keep_alive_and_starts_again(stack: Stack)
 
 
 async def test_a_third_model_takes_the_place_of_the_longest_idle_one(stack: Stack):
-    source = next((Path(stack.environment["STOKER_UP_DEMO_CACHE"])).glob("demo-*/smollm2-135m"))
+    source = next(DEMO_CACHE.glob("demo-*/smollm2-135m"))
     for name in ("guest-a", "guest-b", "guest-c"):
         assert stack.cli("deploy", str(source), "--name", name).returncode == 0
         body = {"model": name, "prompt": "Hello", "max_tokens": 2}
@@ -227,7 +227,7 @@ def test_the_command_line_shows_what_runs(stack: Stack):
 
 
 def test_an_architecture_that_vllm_does_not_know_fails_with_that_reason(stack: Stack, tmp_path: Path):
-    source = next((Path(stack.environment["STOKER_UP_DEMO_CACHE"])).glob("demo-*/smollm2-135m"))
+    source = next(DEMO_CACHE.glob("demo-*/smollm2-135m"))
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -240,3 +240,19 @@ def test_an_architecture_that_vllm_does_not_know_fails_with_that_reason(stack: S
     assert int(headers["Retry-After"]) > 0
     assert "NobodysForCausalLM" in answer["error"]["message"]
     assert stack.cli("rm", "nobodys").returncode == 0
+
+
+def test_the_cold_start_benchmark_writes_figures_that_add_up(stack: Stack, tmp_path: Path):
+    report = tmp_path / "coldstart.json"
+    measured = stack.cli("bench", "coldstart", "--rounds", "2", "--no-api-server", "--json", str(report), timeout_s=200)
+    assert measured.returncode == 0, measured.stdout + measured.stderr
+    written = json.loads(report.read_text())
+    assert written["command"].startswith("stoker bench coldstart --rounds 2")
+    assert {"cpu", "cores", "memory_gib", "gpu", "kernel", "python"} <= written["machine"].keys()
+    assert len(written["rounds"]) == 2
+    phases = ["phase_queue_s", "phase_place_s", "phase_load_s", "phase_engine_s", "phase_prefill_s"]
+    for one in written["rounds"]:
+        assert abs(sum(one[p] for p in phases) - one["ttft_s"]) < 1e-6
+        assert all(one[p] > -0.05 for p in phases), "measured phases never exceed the whole"
+    assert "ttft_s" in written["figures"]
+    assert "api_server_ttft_s" not in written["figures"], "what was not measured is absent"

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO_CACHE = REPOSITORY / ".cache"
+DEMO_CACHE = REPOSITORY / ".cache" / "demo"
 READY_TIMEOUT_S = 300.0
 PROCESSES = {
     "nats": "nats-server",
