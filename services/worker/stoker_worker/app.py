@@ -15,7 +15,7 @@ from stoker_contracts.codec import encode
 from stoker_contracts.control import AnnounceTerm
 from stoker_contracts.models import DeviceKind, EngineKind
 from stoker_core.clock import Clock, SystemClock
-from stoker_core.errors import DatabaseUnavailable, NodeTaken, NoResponders, RequestTimeout
+from stoker_core.errors import DatabaseUnavailable, Disconnected, NodeTaken, NoResponders, RequestTimeout
 from stoker_core.ids import RandomIds
 from stoker_core.logging import get_logger
 from stoker_core.runner import Part, run_parts
@@ -123,6 +123,7 @@ def engine_environment(settings: WorkerSettings, base: Mapping[str, str]) -> dic
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(settings.cache_directory),
+        "VLLM_CONFIGURE_LOGGING": "0",
         "VLLM_LOGGING_LEVEL": environment.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -137,7 +138,7 @@ async def register(bus: Bus, database: Database, node: NodeRow, clock: Clock) ->
                 await _check_gone(bus, current)
             await database.nodes.register(node, replaces=current.boot_id if current else None)
             return
-        except DatabaseUnavailable as error:
+        except (DatabaseUnavailable, Disconnected) as error:
             log.warning("register_waits", error=error.message)
             await clock.sleep(_REGISTER_RETRY_S)
 
