@@ -15,6 +15,7 @@ from tests.support.postgres_server import die_with_parent, free_port
 from stoker_cli.embedded import postgres as module
 from stoker_cli.embedded.postgres import EmbeddedPostgres
 from stoker_core.errors import SetupFailed
+from stoker_core.logging import setup_logging
 
 PASSWORD = "p@ss/w:rd %41'\""
 
@@ -190,3 +191,26 @@ def test_as_root_folders_on_the_way_can_be_passed_but_not_listed(postgres: Embed
     assert data.stat().st_mode & 0o777 == 0o700
     assert data.stat().st_uid == postgres.spawn_kwargs["user"] != 0
     assert postgres.stop_signal == signal.SIGINT
+
+
+async def test_a_server_that_dies_while_it_is_asked_whether_it_is_ready_is_not_ready(
+    postgres: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying:
+        async def close(self, timeout: float) -> None:
+            raise TimeoutError
+
+    async def connect(*_: object, **__: object) -> Dying:
+        return Dying()
+
+    monkeypatch.setattr(asyncpg, "connect", connect)
+    assert not await postgres.ready()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only as root does the server run as another account")
+def test_as_root_each_folder_that_is_opened_is_told_at_the_command_lines_level(
+    postgres: EmbeddedPostgres, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging("cli", level="warning")
+    module._open_to_account(home, module._binary("postgres").parent.resolve())
+    assert str(home) in capsys.readouterr().err

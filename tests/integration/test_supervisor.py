@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stoker_cli import supervisor as module
+from stoker_cli.process import Child
+from stoker_cli.process import spawn as real_spawn
 from stoker_cli.supervisor import Backoff, ProcessSpec, Supervisor
 from stoker_core.clock import SystemClock
 from stoker_core.errors import SetupFailed
@@ -247,3 +250,44 @@ def alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+async def test_once_the_system_works_a_process_that_cannot_be_forked_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 0
+
+    def spawn(*arguments: object, **options: object) -> Child:
+        nonlocal refused
+        if running.supervisor._established and refused < 2:
+            refused += 1
+            raise OSError(11, "Resource temporarily unavailable")
+        return real_spawn(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    async with supervised(tmp_path, process("one", SLEEP), process("two", SLEEP)) as running:
+        first, other = await running.new_pid("one"), await running.new_pid("two")
+        running.supervisor.establish()
+        os.kill(first, signal.SIGKILL)
+        await running.new_pid("one", first)
+        assert refused == 2
+        assert any("one cannot be executed: [Errno 11]" in line for line in running.lines)
+        assert running.supervisor.pid("two") == other
+        await running.end()
+
+
+async def test_a_disk_too_full_to_keep_an_old_log_does_not_end_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.shutil, "copyfile", full)
+    monkeypatch.setattr(module, "LOG_BYTES_MAX", 1)
+    monkeypatch.setattr(module, "LOG_CHECK_S", 0.01)
+    code = "import time; print('more than a byte', flush=True); time.sleep(600)"
+    async with supervised(tmp_path, process("one", code)) as running:
+        await running.new_pid("one")
+        await running.until(lambda: any("No space left" in line for line in running.lines))
+        assert not running.task.done()
+        await running.end()

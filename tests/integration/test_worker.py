@@ -310,6 +310,21 @@ async def test_a_refused_lease_fails_the_start_with_its_reason(rig: Rig):
     assert "digest differs" in failed.failure
 
 
+async def test_an_instance_that_waits_for_its_files_stops_at_once_and_its_device_is_free(rig: Rig):
+    rig.store.silent = True
+    instance_id, _ = await rig.start()
+    await eventually(lambda: rig.store.open_leases == 1, what="it asks for its files")
+    pid = (await rig.until(instance_id, InstanceState.STARTING)).pid
+    asked_at = asyncio.get_running_loop().time()
+    assert await rig.stop(instance_id) == Done()
+    stopped = await rig.until(instance_id, InstanceState.STOPPED)
+    assert asyncio.get_running_loop().time() - asked_at < 3.0, "long before it would be killed for being late"
+    assert stopped.failure == ""
+    await eventually(lambda: not alive(pid), what="process gone")
+    rig.store.silent = False
+    await rig.started()
+
+
 async def test_a_start_over_its_budget_is_ended(rig: Rig):
     rig.store.refuse = None
     instance_id, _ = await rig.start(budget_ms=1)

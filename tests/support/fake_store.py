@@ -13,17 +13,21 @@ from stoker_contracts.storage import LeaseGranted, LeaseRefused, LeaseRequest
 
 
 class FakeStore:
-    """open_leases: connections that hold one now.  refuse: answer this instead of granting."""
+    """open_leases: connections that hold one now.  refuse: answer this instead of granting.  silent: answer nothing."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.open_leases = 0
         self.refuse: LeaseRefused | None = None
+        self.silent = False
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             decode(LeaseRequest, await reader.readline())
             self.open_leases += 1
+            if self.silent:
+                await reader.read()
+                return
             reply = self.refuse or LeaseGranted(path=str(self._directory), source=Tier.SSD, total_bytes=1, wait_ms=0.5)
             writer.write(encode(reply) + b"\n")
             await writer.drain()

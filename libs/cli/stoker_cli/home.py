@@ -14,6 +14,8 @@ from stoker_core.errors import AlreadyRunning, InvalidSettings, NotRunning, Setu
 
 _SOCKET_PATH_MAX = 107  # sun_path in unix(7), less its final zero
 
+_PRIVATE = ("run", "logs", "nodes", "cache")
+
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
     """Where the system of this home listens. URLs of NATS and Postgres carry their passwords."""
@@ -37,7 +39,10 @@ def endpoints_path(home: Path) -> Path:
 
 
 def prepare(home: Path, node: str) -> None:
-    """Create the home, for its owner only. Raises InvalidSettings if sockets below it would have too long a path."""
+    """Create the home and its folders, for its owner only. Raises InvalidSettings if sockets below it would have too long a path.
+
+    The folders are closed one by one: as root, the home itself lets the database's account pass.
+    """
     longest = home / "nodes" / node / "store.sock"
     if len(os.fsencode(longest)) > _SOCKET_PATH_MAX:
         raise InvalidSettings(
@@ -45,7 +50,10 @@ def prepare(home: Path, node: str) -> None:
         )
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (home / "run").mkdir(mode=0o700, exist_ok=True)
+        for folder in (home / name for name in _PRIVATE):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if not folder.is_symlink():  # its target may be shared on purpose
+                folder.chmod(0o700)
     except OSError as error:
         raise InvalidSettings(f"STOKER_HOME: {home} cannot be used: {error.strerror}") from error
 
@@ -69,6 +77,8 @@ def write_private(path: Path, content: bytes) -> None:
     draft.unlink(missing_ok=True)
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a power loss must not leave the name without the content
     draft.replace(path)
 
 

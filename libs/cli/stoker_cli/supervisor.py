@@ -73,9 +73,12 @@ class Backoff:
 
 
 def describe_exit(code: int) -> str:
-    if code < 0:
+    if code >= 0:
+        return f"exited with {code}"
+    try:
         return f"killed by {signal.Signals(-code).name}"
-    return f"exited with {code}"
+    except ValueError:  # real-time signals have a number only
+        return f"killed by signal {-code}"
 
 
 class Supervisor:
@@ -139,7 +142,15 @@ class Supervisor:
             if spec.after:
                 await self.wait_ready(*spec.after)
             began_s = self._clock.monotonic_s()
-            child = self._children[spec.name] = self._spawn(spec)
+            try:
+                child = self._children[spec.name] = self._spawn(spec)
+            except SetupFailed as error:
+                if not self._established:
+                    raise
+                delay_s = backoff.after(0.0)
+                self._report(f"{error.message}; trying again in {delay_s:g} s")
+                await self._clock.sleep(delay_s)
+                continue
             if await self._became_ready(spec, child):
                 if was_ready:
                     self._report(f"{spec.name} is back")
@@ -159,11 +170,11 @@ class Supervisor:
             await self._clock.sleep(delay_s)
 
     def _spawn(self, spec: ProcessSpec) -> Child:
-        with self._log(spec.name).open("ab") as output:
-            try:
+        try:
+            with self._log(spec.name).open("ab") as output:
                 return spawn(spec.command, env=spec.env, output=output, death_signal=spec.death_signal, **spec.popen)
-            except OSError as error:
-                raise SetupFailed(f"{spec.name} cannot be executed: {error}") from error
+        except OSError as error:
+            raise SetupFailed(f"{spec.name} cannot be executed: {error}") from error
 
     async def _became_ready(self, spec: ProcessSpec, child: Child) -> bool:
         """Poll until ready; False if it ended before, or was ended because it took too long."""
@@ -182,7 +193,10 @@ class Supervisor:
         while True:
             await self._clock.sleep(LOG_CHECK_S)
             for name in self._specs:
-                cap(self._log(name), LOG_BYTES_MAX)
+                try:
+                    cap(self._log(name), LOG_BYTES_MAX)
+                except OSError as error:
+                    self._report(f"the log of {name} was cut without keeping what it held: {error}")
 
     async def _stop_all(self, kill: asyncio.Event) -> None:
         killer = asyncio.ensure_future(self._kill_on(kill))
@@ -231,11 +245,14 @@ def cap(log: Path, limit_bytes: int) -> None:
     """Move what a log holds aside once it is over the limit, while its writer goes on.
 
     Writers append, so emptying the file under them is safe; a line written in between is lost.
+    Raises OSError if there is no room to keep what it held; it is emptied even so.
     """
     if log.exists() and log.stat().st_size > limit_bytes:
-        shutil.copyfile(log, log.with_suffix(".log.1"))
-        with log.open("r+b") as file:
-            file.truncate()
+        try:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+        finally:
+            with log.open("r+b") as file:
+                file.truncate()
 
 
 def indent(lines: Sequence[str]) -> str:

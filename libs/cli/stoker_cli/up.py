@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -26,7 +27,7 @@ async def up(settings: UpSettings, report: Report) -> None:
     report: gets lines for the person who watches.
     Raises AlreadyRunning, PortTaken, InvalidSettings or SetupFailed, the last ones in an ExceptionGroup; nothing is left running then.
     """
-    clock = SystemClock()
+    clock, report = SystemClock(), if_anybody_reads(report)
     home.prepare(settings.home, settings.node)
     with home.only_one(settings.home):
         secrets = home.load_secrets(settings.home)
@@ -50,6 +51,16 @@ async def up(settings: UpSettings, report: Report) -> None:
             await _run(supervisor, Welcome(settings, endpoints, supervisor, clock, report), clock, report)
         finally:
             home.endpoints_path(settings.home).unlink(missing_ok=True)
+
+
+def if_anybody_reads(report: Report) -> Report:
+    """`report`, for a system that outlives its audience: a closed terminal or pipe must not keep it from stopping."""
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):
+            report(line)
+
+    return say
 
 
 def _patience_s(settings: UpSettings) -> float:
@@ -89,8 +100,8 @@ async def _run(supervisor: Supervisor, welcome: Welcome, clock: Clock, report: R
         now_s = clock.monotonic_s()
         if not first_s:
             first_s.append(now_s)
-            report("stopping; once more kills at once")
             stop.set()
+            report("stopping; once more kills at once")
         elif now_s - first_s[0] > SAME_SIGNAL_S:  # `make` passes on what the terminal sent us already
             kill.set()
 

@@ -196,6 +196,12 @@ class EngineFailed(StokerError):
     retryable = True
 
 
+class LeaseDenied(EngineFailed):
+    """The storage agent cannot provide a model's files."""
+
+    code = "lease_denied"
+
+
 class InstanceLost(StokerError):
     """The instance that generated an answer died."""
 

@@ -71,7 +71,7 @@ def _impossible(model: ModelSpec, cluster: Cluster) -> str:
     devices = [device for node in cluster.nodes for device in node.devices]
     if not devices or any(model.bytes_on(device) <= device.memory_bytes for device in devices):
         return ""
-    largest = max(devices, key=lambda d: d.memory_bytes)
+    largest = max(devices, key=lambda d: (d.memory_bytes, -model.bytes_on(d)))
     return (
         f"needs {model.bytes_on(largest)} bytes ({model.weight_bytes} of weights, {model.kv_cache_bytes} of KV cache, "
         f"and what its engine takes beside them); the largest device has {largest.memory_bytes}"

@@ -55,7 +55,11 @@ class Leader:
         self.wakes = Wakes()
         self.state = State(term=term, led_s=clock.monotonic_s())
         self.handlers = Handlers(self.state, clock, self.wakes)
-        self._silence = Silence(limit_s=settings.silence_limit_s, led_s=clock.monotonic_s())
+        self._silence = Silence(
+            limit_s=settings.silence_limit_s,
+            majority_limit_s=settings.majority_silence_limit_s,
+            led_s=clock.monotonic_s(),
+        )
         self._announcing = asyncio.Semaphore(ANNOUNCEMENTS_AT_ONCE)
         self._rejected: dict[str, str] = {}
         self._majority_silent = False

@@ -134,19 +134,22 @@ class Orders:
 
     async def _start(self, order: StartOrder) -> None:
         row = order.row
+        if self._left_s(order) <= 0:  # given up already, and perhaps decided anew
+            spent = Failed(code=RequestTimeout.code, message="it waited past its start budget", retryable=True)
+            self._start_failed(row, spent, counts=False)
+            return
         try:
             await self._desire(row)
         except DatabaseUnavailable as error:
             self._start_failed(row, Failed(code=error.code, message=error.message, retryable=True), counts=False)
             return
-        left_s = self._start_budget_s - (self._clock.monotonic_s() - order.decided_s)
         command = StartInstance(
             instance_id=row.instance_id,
             boot_id=row.boot_id,
             term=self._state.term,
             model=order.model,
             devices=row.devices,
-            budget_ms=max(0, round(left_s * 1000)),
+            budget_ms=max(0, round(self._left_s(order) * 1000)),
         )
         reply = await self._command(row.node, subjects.worker_start(row.node), command)
         if isinstance(reply, Failed):
@@ -162,6 +165,9 @@ class Orders:
         }
         self._events.emit(INSTANCE_PLACED, row.instance_id, **placed)
         log.info("instance_placed", instance=row.instance_id, **placed)
+
+    def _left_s(self, order: StartOrder) -> float:
+        return self._start_budget_s - (self._clock.monotonic_s() - order.decided_s)
 
     def _start_failed(self, row: InstanceRow, failed: Failed, *, counts: bool) -> None:
         reason = f"{failed.code}: {failed.message}"

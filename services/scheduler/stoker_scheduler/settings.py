@@ -25,5 +25,6 @@ class SchedulerSettings(SharedSettings, frozen=True, kw_only=True, forbid_unknow
     command_timeout_s: Positive = 5.0  # for a worker's answer; asked twice
     commands_at_once: Annotated[int, Meta(ge=1, le=256)] = 16
     silence_limit_s: Positive = SILENCE_LIMIT_S
+    majority_silence_limit_s: Positive = 15.0  # where most nodes fall silent at once while another one speaks
     link_limit_s: Positive = 10.0  # a leader cut off from the bus for this long lets another lead
     prepare_again_s: Positive = 60.0

@@ -33,6 +33,7 @@ REQUEST_S = 10.0
 PROBE_S = 1.0
 BACKLOG = 128
 RETRY_AFTER_MS = 500
+READ_BYTES_MAX = (1 << 63) - 1
 
 
 def listen(path: Path) -> socket.socket:
@@ -61,16 +62,16 @@ def _answers(path: Path) -> bool:
             probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return False
-        except TimeoutError:  # it listens, and is too busy to accept
+        except (TimeoutError, BlockingIOError):  # it listens, and is too busy to accept
             return True
         return True
 
 
 def close(listener: socket.socket) -> None:
     """Stop listening and remove the socket's file."""
-    path = Path(listener.getsockname())
+    # The file first: as long as this one listens nobody puts another in its place.
+    Path(listener.getsockname()).unlink(missing_ok=True)
     listener.close()
-    path.unlink(missing_ok=True)
 
 
 class LeaseServer:
@@ -185,8 +186,8 @@ class LeaseServer:
             raise InvalidMessage("nothing follows LeaseUsed but the end of the connection")
 
     def _used(self, held: Held, used: LeaseUsed) -> None:
-        if not (used.read_bytes >= 0 and 0 <= used.load_ms < math.inf):
-            raise InvalidMessage("LeaseUsed: load_ms and read_bytes must not be negative")
+        if not (0 <= used.read_bytes <= READ_BYTES_MAX and 0 <= used.load_ms < math.inf):
+            raise InvalidMessage("LeaseUsed: load_ms and read_bytes must not be negative nor out of range")
         self._store.observe_load(Tier.SSD, used.read_bytes, used.load_ms)
         self._observe(
             LoadObservation(

@@ -17,7 +17,7 @@ from stoker_contracts.control import (
     TermReply,
     WorkerStatus,
 )
-from stoker_core.errors import InvalidMessage
+from stoker_core.errors import InvalidMessage, StorageFailed
 from stoker_core.logging import get_logger
 from stoker_core.tracing import span
 from stoker_worker.loops import StatusReporter
@@ -87,11 +87,12 @@ class Handlers:
         await answer(self.bus, message, reply)
 
     def _check_term(self, term: int) -> Failed | None:
-        before = self.state.term
-        refused = self.state.check_term(term)
-        if self.state.term != before:
-            self.terms.save(self.state.term)
-        return refused
+        if term > self.state.term:
+            try:
+                self.terms.save(term)  # before it is obeyed, or the next boot might obey the leader before
+            except OSError as error:
+                return Failed(code=StorageFailed.code, message=f"term {term} cannot be saved: {error}", retryable=True)
+        return self.state.check_term(term)
 
 
 def _text(reply: CommandReply | WorkerStatus) -> str:

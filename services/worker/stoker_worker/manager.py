@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,7 +22,7 @@ from stoker_core.clock import Clock
 from stoker_core.errors import EngineFailed, InvalidMessage
 from stoker_core.logging import get_logger
 from stoker_worker.prepare import Preparer
-from stoker_worker.processes import PidFiles
+from stoker_worker.processes import PidFiles, signal_name
 from stoker_worker.settings import WorkerSettings
 from stoker_worker.state import Instance, WorkerState
 from stoker_worker.wire import (
@@ -51,7 +53,7 @@ class _Process:
     handle: int | None = None  # pidfd
     up_or_gone: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    stop_reply: asyncio.Future[bool] | None = None
+    stop_replies: deque[asyncio.Future[bool]] = field(default_factory=deque)  # it answers in the order of asking
     broken: str = ""
     doomed: bool = False  # to be killed as soon as its pid is known
 
@@ -75,13 +77,11 @@ class InstanceManager:
         self._processes: dict[str, _Process] = {}
         self._device_locks = {device.index: asyncio.Lock() for device in state.devices}
         self._group: asyncio.TaskGroup | None = None
-        self._running = asyncio.Event()
 
     async def run(self) -> None:
         """Hold the tasks of starts and stops until cancelled; then end every process."""
         try:
             async with asyncio.TaskGroup() as self._group:
-                self._running.set()
                 await asyncio.Event().wait()
         finally:
             for instance_id in list(self._processes):
@@ -97,29 +97,32 @@ class InstanceManager:
         self._group.create_task(self._start(instance, command.budget_ms / 1e3), name=f"start {instance.instance_id}")
 
     async def stop(self, instance_id: str, *, only_if_idle: bool) -> bool:
-        """Have an instance finish and exit; False if it is busy and only an idle one was meant."""
+        """Have an instance finish and exit; False if it is busy and only an idle one was meant.
+
+        One that still starts has nothing to finish and is killed: its device is free at once.
+        """
         instance, process = self._state.instances.get(instance_id), self._processes.get(instance_id)
         if instance is None or not instance.live or instance.state == InstanceState.STOPPING:
             return True
         if process is None:  # it waits for its device still
             self._ended(instance, InstanceState.STOPPED, "")
             return True
-        process.stop_reply = asyncio.get_running_loop().create_future()
+        if instance.state == InstanceState.STARTING:
+            self._leaves(instance)
+            self._kill(instance_id)
+            return True
+        reply: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         try:
             process.channel.send(pack(Stop(only_if_idle=only_if_idle)))
+            process.stop_replies.append(reply)
             async with asyncio.timeout(_STOP_REPLY_S):
-                if not await process.stop_reply:
+                if not await reply:
                     return False
         except (TimeoutError, OSError) as error:
             log.warning("stop_unanswered", instance=instance_id, error=str(error) or "timeout")
             if only_if_idle:
                 return False
-        if instance.state in (InstanceState.STARTING, InstanceState.READY):
-            instance.become(InstanceState.STOPPING)
-            self._emit(events.INSTANCE_STOPPING, instance)
-            self._changed()
-        assert self._group is not None
-        self._group.create_task(self._kill_late(instance_id), name=f"stop {instance_id}")
+        self._leaves(instance)
         return True
 
     async def stop_all(self) -> None:
@@ -144,14 +147,19 @@ class InstanceManager:
 
     def forked(self, instance_id: str, pid: int) -> None:
         instance, process = self._state.instances.get(instance_id), self._processes.get(instance_id)
-        if instance is None or process is None:
+        if process is None:
             return
-        instance.pid = pid
+        if instance is not None:
+            instance.pid = pid
         self._pid_files.add(instance_id, pid)
         try:
             process.handle = os.pidfd_open(pid)
         except ProcessLookupError:
             return  # dead already: its exit is reported next
+        except OSError as error:  # no more descriptors. The end of its channel ends it, too
+            process.broken = f"cannot be watched: {error}"
+            process.channel.shutdown(socket.SHUT_RDWR)
+            return
         if process.doomed:
             self._kill(instance_id)
 
@@ -166,13 +174,15 @@ class InstanceManager:
         process.channel.close()
         if process.handle is not None:
             os.close(process.handle)
-        if process.stop_reply is not None and not process.stop_reply.done():
-            process.stop_reply.set_result(True)
+        for reply in process.stop_replies:
+            if not reply.done():
+                reply.set_result(True)
         process.up_or_gone.set()
         process.gone.set()
         if instance is None or not instance.live:
             return
-        if instance.state == InstanceState.STOPPING and status == 0:
+        killed_as_asked = process.doomed and not process.broken
+        if instance.state == InstanceState.STOPPING and (status == 0 or killed_as_asked):
             self._ended(instance, InstanceState.STOPPED, "")
         else:
             self._ended(instance, InstanceState.FAILED, process.broken or reason or _exit_text(status))
@@ -180,19 +190,21 @@ class InstanceManager:
     # Inside
 
     async def _start(self, instance: Instance, budget_s: float) -> None:
-        # Two engines that start on one device at once would each see the other's half-taken memory.
-        locks = [self._device_locks[index] for index in sorted(instance.devices)]
-        for lock in locks:
-            await lock.acquire()
+        """Fork an instance and wait until it is ready or gone; one that takes longer than budget_s in all fails."""
         try:
-            await self._preparer.settled(instance.model)
-            if instance.live:
-                await self._fork(instance, budget_s)
-        finally:
-            for lock in locks:
-                lock.release()
+            async with asyncio.timeout(budget_s), AsyncExitStack() as held:
+                # Two engines that start on one device at once would each see the other's half-taken memory.
+                for index in sorted(set(instance.devices)):
+                    await held.enter_async_context(self._device_locks[index])
+                await self._preparer.settled(instance.model)
+                if instance.live:
+                    await self._fork(instance)
+        except TimeoutError:
+            self._give_up(instance, f"not ready within {budget_s:g} s")
+        except OSError as error:  # no more descriptors: this start fails, not the worker
+            self._give_up(instance, f"cannot be forked: {error}")
 
-    async def _fork(self, instance: Instance, budget_s: float) -> None:
+    async def _fork(self, instance: Instance) -> None:
         ours, theirs = packet_pair()
         ours.setblocking(False)
         process = _Process(ours)
@@ -204,14 +216,17 @@ class InstanceManager:
             return
         finally:
             theirs.close()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(ours, self._read_packets, instance.instance_id, process)
-        try:
-            async with asyncio.timeout(budget_s or None):
-                await process.up_or_gone.wait()
-        except TimeoutError:
-            process.broken = process.broken or f"not ready within {budget_s:g} s"
+        asyncio.get_running_loop().add_reader(ours, self._read_packets, instance.instance_id, process)
+        await process.up_or_gone.wait()
+
+    def _give_up(self, instance: Instance, reason: str) -> None:
+        process = self._processes.get(instance.instance_id)
+        if process is not None:
+            process.broken = process.broken or reason
             self._kill(instance.instance_id)
+        # With a pid its end is reported next. Without one nothing may ever be: the zygote may hang.
+        if instance.live and (process is None or process.handle is None):
+            self._ended(instance, InstanceState.FAILED, reason)
 
     def _config(self, instance: Instance) -> InstanceConfig:
         settings, state = self._settings, self._state
@@ -286,8 +301,21 @@ class InstanceManager:
             case Broken():
                 process.broken = f"{message.code}: {message.message}"
             case Stopping() | Busy():
-                if process.stop_reply is not None and not process.stop_reply.done():
-                    process.stop_reply.set_result(isinstance(message, Stopping))
+                stops = isinstance(message, Stopping)
+                if stops:  # whoever asked may have given up waiting for this answer
+                    self._leaves(instance)
+                if process.stop_replies and not (reply := process.stop_replies.popleft()).done():
+                    reply.set_result(stops)
+
+    def _leaves(self, instance: Instance) -> None:
+        """It is about to end: say so, and see to it that it does."""
+        if instance.state not in (InstanceState.STARTING, InstanceState.READY):
+            return
+        instance.become(InstanceState.STOPPING)
+        self._emit(events.INSTANCE_STOPPING, instance)
+        self._changed()
+        assert self._group is not None
+        self._group.create_task(self._kill_late(instance.instance_id), name=f"stop {instance.instance_id}")
 
     def _ended(self, instance: Instance, state: InstanceState, failure: str) -> None:
         if state == InstanceState.STOPPED and instance.state == InstanceState.READY:
@@ -304,8 +332,10 @@ class InstanceManager:
 
     async def _kill_late(self, instance_id: str) -> None:
         await asyncio.sleep(self._settings.instance_drain_s + _KILL_AFTER_DRAIN_S)
-        if instance_id in self._processes:
-            log.warning("instance_killed", instance=instance_id, reason="it did not stop in time")
+        process = self._processes.get(instance_id)
+        if process is not None:
+            process.broken = process.broken or "it did not stop in time"
+            log.warning("instance_killed", instance=instance_id, reason=process.broken)
             self._kill(instance_id)
 
     def _kill(self, instance_id: str) -> None:
@@ -335,5 +365,5 @@ def _exit_text(status: int | None) -> str:
     if status is None:
         return "it ended"
     if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
+        return f"killed by {signal_name(-status)}"
     return f"exited with status {status}"

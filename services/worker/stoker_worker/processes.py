@@ -8,6 +8,10 @@ import select
 import signal
 from pathlib import Path
 
+from stoker_core.logging import get_logger
+
+log = get_logger("processes")
+
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -38,18 +42,35 @@ def start_ticks(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19])
 
 
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; real-time signals have a number only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class PidFiles:
-    """One file for each process of a worker, so that a restarted worker finds what a killed one left."""
+    """One file for each process of a worker, so that a restarted worker finds what a killed one left.
+
+    A full disk costs no instance: without its file a process still dies with its parent.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, pid: int) -> None:
-        (self._directory / name).write_text(f"{pid} {start_ticks(pid)}")
+        try:
+            (self._directory / name).write_text(f"{pid} {start_ticks(pid)}")
+        except OSError as error:
+            log.error("pid_file_not_written", name=name, pid=pid, error=str(error))
 
     def remove(self, name: str) -> None:
-        (self._directory / name).unlink(missing_ok=True)
+        try:
+            (self._directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            log.error("pid_file_not_removed", name=name, error=str(error))
 
     def end_leftovers(self, *, timeout_s: float) -> int:
         """Kill every recorded process that still runs and wait until it is gone; returns how many there were.

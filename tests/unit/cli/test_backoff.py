@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ def test_dependencies_that_cannot_be_met_are_refused(specs: list[ProcessSpec]) -
 def test_exits_are_described() -> None:
     assert describe_exit(-9) == "killed by SIGKILL"
     assert describe_exit(3) == "exited with 3"
+    assert describe_exit(-(signal.SIGRTMIN + 2)) == f"killed by signal {signal.SIGRTMIN + 2}"
 
 
 def test_a_log_over_its_limit_is_moved_aside_under_its_writer(tmp_path: Path) -> None:
@@ -56,3 +59,17 @@ def test_a_log_over_its_limit_is_moved_aside_under_its_writer(tmp_path: Path) ->
         writer.write(b"z")
     assert log.read_bytes() == b"z"
     assert (tmp_path / "one.log.1").read_bytes() == b"x" * 100 + b"y"
+
+
+def test_a_full_disk_keeps_a_log_bounded_and_says_what_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = tmp_path / "one.log"
+    log.write_bytes(b"x" * 101)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        cap(log, 100)
+    assert log.read_bytes() == b""

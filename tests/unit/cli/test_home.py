@@ -86,3 +86,12 @@ def test_settings_of_up_come_from_the_environment() -> None:
 def test_a_bad_setting_of_up_is_named(key: str, value: str) -> None:
     with pytest.raises(InvalidSettings, match=f"STOKER_UP_{key}"):
         load(UpSettings, {f"STOKER_UP_{key}": value})
+
+
+def test_folders_below_the_home_are_their_owners_alone_also_if_others_may_pass_through_it(tmp_path: Path) -> None:
+    """As root the home lets the database's account pass; what an earlier version left open is closed."""
+    (tmp_path / "home" / "logs").mkdir(parents=True, mode=0o755)
+    home.prepare(tmp_path / "home", "node-a")
+    assert {name: mode(tmp_path / "home" / name) for name in ("run", "logs", "nodes", "cache")} == dict.fromkeys(
+        ("run", "logs", "nodes", "cache"), 0o700
+    )

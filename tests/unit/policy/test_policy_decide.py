@@ -226,6 +226,16 @@ def test_a_model_that_fits_no_device_even_when_empty_is_rejected_with_the_arithm
     assert str(2 * GIB) in command.reason
 
 
+def test_a_rejection_says_the_same_whichever_node_is_known_first() -> None:
+    huge = model_spec("huge", weight_bytes=GIB)
+    gpu = node("gpu", devices=(Device(index=0, kind=DeviceKind.CUDA, name="", memory_bytes=GIB),))
+    cpu = node("cpu", devices=(Device(index=0, kind=DeviceKind.CPU, name="", memory_bytes=GIB),))
+    one, other = (
+        decide(Cluster(nodes=nodes, models=(huge,), demands=(demand("huge"),))) for nodes in ((gpu, cpu), (cpu, gpu))
+    )
+    assert one == other
+
+
 def test_a_model_waits_where_the_only_device_large_enough_is_away() -> None:
     away = node("n2", memory_bytes=80 * GIB, silent=True)
     cluster = Cluster(nodes=(node(), away), models=(model_spec("m", weight_bytes=64 * GIB),), demands=(demand("m"),))

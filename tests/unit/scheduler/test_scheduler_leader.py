@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from tests.support.fake_worker import GIB, cpu_slots, model_spec
-from tests.unit.scheduler.rig import World, settle, states
+from tests.unit.scheduler.rig import SETTINGS, World, settle, states
 
 from stoker_bus.memory import MemoryBus
 from stoker_bus.port import Message
@@ -487,3 +489,42 @@ async def test_a_leader_that_is_cut_off_from_the_bus_for_long_gives_the_lead_up(
         world.clock.advance(2)
         with pytest.raises(LeadershipLost):
             await rig.leader.check()
+
+
+async def test_models_of_most_nodes_that_died_at_once_start_again_on_the_one_that_speaks(world: World) -> None:
+    async with (
+        world.worker("n1") as first,
+        world.worker("n2") as second,
+        world.worker("n3") as third,
+        world.leader() as rig,
+    ):
+        await rig.demand("a")
+        [where] = [w for w in (first, second, third) if w.starts]
+        speaks = next(w for w in (third, second) if w is not where)
+        for worker in (first, second, third):
+            worker.silent = worker.deaf = worker is not speaks
+        for _ in range(14):
+            await rig.want("a")
+            await rig.pass_time(1)
+        assert speaks.starts == [], "it may still be this link"
+        for _ in range(4):
+            await rig.want("a")
+            await rig.pass_time(1)
+        assert len(speaks.live("a")) == 1
+
+
+async def test_a_start_that_waited_past_its_budget_is_not_commanded(world: World) -> None:
+    async with world.worker() as worker, world.leader() as rig:
+        await rig.want("a")
+        rig.orders.cancel()  # nobody carries orders out
+        await asyncio.gather(rig.orders, return_exceptions=True)
+        await rig.leader.decide()
+        world.clock.advance(SETTINGS.start_budget_s + 1)
+        await rig.leader.decide()
+        await rig.leader.reconcile()
+        late = asyncio.create_task(rig.leader.orders.run())
+        await settle()
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+        assert worker.starts == []
+        assert await world.rows() == []

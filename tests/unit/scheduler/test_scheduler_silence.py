@@ -20,7 +20,7 @@ def check(
 
 @pytest.fixture
 def silence() -> Silence:
-    return Silence(limit_s=3.0, led_s=0.0)
+    return Silence(limit_s=3.0, majority_limit_s=15.0, led_s=0.0)
 
 
 def test_a_node_is_silent_after_three_seconds_and_is_told_once(silence: Silence) -> None:
@@ -65,7 +65,7 @@ def test_nodes_that_die_one_after_another_are_all_declared(silence: Silence) -> 
 
 
 def test_a_new_leader_waits_one_limit_first() -> None:
-    silence = Silence(limit_s=3.0, led_s=100.0)
+    silence = Silence(limit_s=3.0, majority_limit_s=15.0, led_s=100.0)
     known = nodes(None, 102.0, 102.0)
     assert check(silence, known, 103.0) == []
     assert check(silence, known, 103.1) == ["n0"]
@@ -81,3 +81,39 @@ def test_a_node_that_speaks_again_can_fall_silent_again(silence: Silence) -> Non
     known[0].heard_s, known[0].silent = 16.0, False
     known[1].heard_s = known[2].heard_s = 20.0
     assert check(silence, known, 20.0) == ["n0"]
+
+
+def watch(
+    silence: Silence, known: list[Node], since_s: float, until_s: float, *, speaking: set[str]
+) -> dict[str, float]:
+    """Check four times a second, while some speak every second. Returns when each was declared silent."""
+    declared: dict[str, float] = {}
+    for quarter in range(round((until_s - since_s) * 4) + 1):
+        now_s = since_s + quarter / 4
+        for node in known:
+            if node.name in speaking and quarter % 4 == 0:
+                node.heard_s = now_s
+        declared |= dict.fromkeys(check(silence, known, now_s), now_s)
+    return declared
+
+
+def test_most_nodes_are_declared_after_the_longer_limit_while_another_one_goes_on_speaking(silence: Silence) -> None:
+    known = nodes(20.0, 20.5, 20.5)
+    declared = watch(silence, known, 21.0, 40.0, speaking={"n2"})
+    assert declared == {"n0": 35.25, "n1": 35.5}
+    assert not silence.majority, "the others that speak are most again"
+
+
+def test_one_status_after_a_long_cut_condemns_nobody(silence: Silence) -> None:
+    """The bus came back behind the observer's own link: who is heard first says nothing of the others yet."""
+    known = nodes(20.0, 20.1, 20.2)
+    assert watch(silence, known, 21.0, 60.0, speaking=set()) == {}
+    assert watch(silence, known, 60.0, 74.0, speaking={"n2"}) == {}
+    assert set(watch(silence, known, 74.25, 76.0, speaking={"n2"})) == {"n0", "n1"}
+
+
+def test_the_longer_limit_counts_from_when_the_own_link_came_back(silence: Silence) -> None:
+    known = nodes(20.0, 20.0, 20.0)
+    check(silence, known, 30.0, connected=False)
+    assert set(watch(silence, known, 30.25, 44.75, speaking={"n2"})) == set()
+    assert set(watch(silence, known, 45.0, 47.0, speaking={"n2"})) == {"n0", "n1"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from stoker_core.errors import InvalidSettings
 from stoker_core.ids import SequentialIds
 from stoker_core.runner import run_parts
 from stoker_db.memory import MemoryDatabase
+from stoker_storeagent import leases
 from stoker_storeagent.app import assemble
 from stoker_storeagent.leases import close, listen
 from stoker_storeagent.settings import StoreagentSettings
@@ -220,6 +222,51 @@ async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) 
         listen(path)
     close(live)
     assert not path.exists()
+
+
+async def test_an_agent_too_busy_to_accept_is_still_an_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "BACKLOG", 0)
+    path = tmp_path / "s.sock"
+    busy = listen(path)
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(path))
+        with pytest.raises(InvalidSettings, match="another storage agent listens"):
+            listen(path)
+    close(busy)
+
+
+async def test_a_successor_that_takes_the_socket_over_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so from the moment that the predecessor answers no more."""
+    path, made = tmp_path / "s.sock", []
+    old = listen(path)
+
+    def taken_over(listener: socket.socket) -> None:
+        socket.socket.close(listener)
+        made.append(listen(path))
+
+    class Closing:
+        getsockname, close = old.getsockname, lambda _: taken_over(old)
+
+    close(Closing())  # type: ignore[arg-type]
+    assert path.exists()
+    close(made[0])
+
+
+@pytest.mark.parametrize("read_bytes", [-1, 1 << 63])
+async def test_a_count_that_no_database_can_hold_is_refused_and_harms_nobody(
+    tmp_path: Path, model: Path, read_bytes: int
+) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
+            await client.used(load_ms=5.0, read_bytes=read_bytes)
+            reply = await client.answer()
+            assert isinstance(reply, LeaseRefused)
+            assert reply.code == "invalid_message"
+        assert await store.database.tiers.observations() == []
 
 
 async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:

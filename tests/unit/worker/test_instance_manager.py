@@ -85,7 +85,8 @@ class Rig:
     async def ready(self, command: StartInstance | None = None) -> None:
         command = command or start()
         await self.forked(command)
-        self.say(EngineReady(phases=StartPhases(), load_source=Tier.SSD, ready_at_s=0.0))
+        ready = EngineReady(phases=StartPhases(), load_source=Tier.SSD, ready_at_s=0.0)
+        self.say(ready, instance_id=command.instance_id)
         await until(lambda: self.instance(command.instance_id).state is READY)
 
 
@@ -240,6 +241,17 @@ async def test_a_start_without_file_descriptors_fails_alone(rig: Rig, monkeypatc
     await rig.ready(start(instance_id="i-2"))
 
 
+async def test_an_instance_that_cannot_be_watched_is_ended_by_its_channel(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    def none_left(_: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    await rig.forked(start())
+    assert rig.zygote.children["i-1"].recv(1) == b"", "the end of its channel: it exits"
+    rig.manager.exited("i-1", 1, "")
+    assert (rig.instance().state, "Too many open files" in rig.instance().failure) == (FAILED, True)
+
+
 async def test_a_zygote_that_is_not_ready_fails_the_start_and_the_device_is_free(rig: Rig):
     rig.zygote.ready = False
     rig.manager.start(start())
@@ -249,7 +261,7 @@ async def test_a_zygote_that_is_not_ready_fails_the_start_and_the_device_is_free
 
 
 async def test_a_full_disk_costs_no_instance(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -108,11 +108,11 @@ class EmbeddedPostgres:
         """Whether the server answers. Raises SetupFailed if it refuses our password: then waiting does not help."""
         try:
             connection = await asyncpg.connect(self._url_of("postgres"), timeout=_CONNECT_S)
+            await connection.close(timeout=_CONNECT_S)
         except asyncpg.InvalidAuthorizationSpecificationError as error:
             raise SetupFailed(f"{self._data} was made with another password: {error}") from error
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             return False
-        await connection.close(timeout=_CONNECT_S)
         return True
 
     async def ensure_database(self) -> None:
@@ -198,7 +198,8 @@ def _open_to_account(parent: Path, binaries: Path) -> None:
     for folder in {*parent.parents, parent, *binaries.parents}:
         mode = stat.S_IMODE(folder.stat().st_mode)
         if not mode & stat.S_IXOTH:
-            log.info("folder_opened", path=str(folder), mode=oct(mode | stat.S_IXOTH))
+            # Louder than other news: it is the owner's folder, and people shall see what was changed there.
+            log.warning("folder_opened", path=str(folder), mode=oct(mode | stat.S_IXOTH))
             folder.chmod(mode | stat.S_IXOTH)
     read, execute = stat.S_IRGRP | stat.S_IROTH, stat.S_IXGRP | stat.S_IXOTH
     for name, flags in (("bin", read | execute), ("lib", read), ("share", read)):

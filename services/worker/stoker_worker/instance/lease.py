@@ -18,13 +18,7 @@ from stoker_contracts.storage import (
     LeaseRequest,
     LeaseUsed,
 )
-from stoker_core.errors import EngineFailed, InvalidMessage
-
-
-class LeaseDenied(EngineFailed):
-    """The storage agent cannot provide a model's files."""
-
-    code = "lease_denied"
+from stoker_core.errors import InvalidMessage, LeaseDenied
 
 
 class Lease:

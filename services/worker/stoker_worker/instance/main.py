@@ -75,6 +75,8 @@ def run_instance(config: InstanceConfig, channel: socket.socket) -> int:
 
 
 def _report_broken(channel: socket.socket, error: BaseException) -> None:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     code = error.code if isinstance(error, StokerError) else "internal"
     message = str(error)[:2000]
     try:
