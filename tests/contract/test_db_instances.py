@@ -134,3 +134,19 @@ async def test_the_live_instances_are_found_by_their_index(postgres_url: str) ->
     plan = await connection.fetch(f"EXPLAIN SELECT * FROM instances WHERE {INSTANCE_IS_LIVE.text} ORDER BY instance_id")
     await connection.close()
     assert any("ix_instances_live" in line[0] for line in plan), plan
+
+
+async def test_pruning_forgets_what_ended_long_ago_and_nothing_that_lives(database_kind: DatabaseKind) -> None:
+    instances = database_kind.database.instances
+    for instance_id in ("lives", "stopped", "failed"):
+        await instances.desire(an_instance(instance_id=instance_id))
+    await instances.desire(an_instance(instance_id="stopped", desired=STOPPED))
+    await instances.record("lives", READY)
+    await instances.record("stopped", STOPPED)
+    await instances.record("failed", FAILED)
+    await database_kind.age(3600)
+    await instances.desire(an_instance(instance_id="new"))
+    await instances.record("new", FAILED)
+    assert await instances.prune(keep_s=7200) == 0
+    assert await instances.prune(keep_s=1800) == 2
+    assert {row.instance_id for row in await instances.recent()} == {"lives", "new"}

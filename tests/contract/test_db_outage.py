@@ -41,6 +41,7 @@ CALLS: dict[str, Call] = {
     "instances.record": lambda d: d.instances.record("instance-1", InstanceState.READY),
     "instances.live": lambda d: d.instances.live(),
     "instances.recent": lambda d: d.instances.recent(),
+    "instances.prune": lambda d: d.instances.prune(keep_s=1),
     "tiers.place": lambda d: d.tiers.place(Placement(model_id="m", node="a", tier=Tier.SSD, held_bytes=1)),
     "tiers.placements": lambda d: d.tiers.placements(),
     "tiers.sample": lambda d: d.tiers.sample("a", [TierStatus(tier=Tier.SSD, capacity_bytes=1, used_bytes=0)]),

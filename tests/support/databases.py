@@ -22,7 +22,7 @@ class DatabaseKind(Protocol):
     other: Database
 
     async def age(self, seconds: float) -> None:
-        """Make what was sampled and observed so far that much older."""
+        """Make the samples, observations and instances there are that much older."""
         ...
 
     async def cut(self, leadership: Leadership) -> None:
@@ -52,10 +52,9 @@ class PostgresKind:
         self.other: Database = other
 
     async def age(self, seconds: float) -> None:
-        await execute(self._url, f"UPDATE tier_metrics SET sampled_at = sampled_at - interval '{seconds} seconds'")
-        await execute(
-            self._url, f"UPDATE load_observations SET observed_at = observed_at - interval '{seconds} seconds'"
-        )
+        stamps = {"tier_metrics": "sampled_at", "load_observations": "observed_at", "instances": "created_at"}
+        for table, column in stamps.items():
+            await execute(self._url, f"UPDATE {table} SET {column} = {column} - interval '{seconds} seconds'")
 
     async def cut(self, leadership: Leadership) -> None:
         gone = await execute(

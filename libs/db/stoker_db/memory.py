@@ -191,6 +191,15 @@ class MemoryInstances:
         rows = self._state.instances.values()
         return sorted(rows, key=lambda row: (row.created_at, row.instance_id), reverse=True)[:limit]
 
+    async def prune(self, *, keep_s: float) -> int:
+        self._state.check()
+        before = self._state.clock.utc() - timedelta(seconds=keep_s)
+        rows = self._state.instances
+        old = [row for row in rows.values() if row.created_at and row.created_at <= before and not _is_live(row)]
+        for row in old:
+            del rows[row.instance_id]
+        return len(old)
+
 
 def _is_live(row: InstanceRow) -> bool:
     wanted = row.desired == InstanceState.READY and row.actual != InstanceState.FAILED

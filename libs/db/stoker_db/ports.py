@@ -129,6 +129,10 @@ class Instances(Protocol):
         """Newest first."""
         ...
 
+    async def prune(self, *, keep_s: float) -> int:
+        """Delete rows created longer than keep_s ago that `live` does not list; returns how many."""
+        ...
+
 
 class Tiers(Protocol):
     async def place(self, placement: Placement) -> None:

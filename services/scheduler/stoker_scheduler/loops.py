@@ -30,6 +30,7 @@ from stoker_scheduler.view import cluster
 log = get_logger("leader")
 
 ANNOUNCE_TIMEOUT_S = 1.0
+PRUNE_S = 600.0
 ANNOUNCEMENTS_AT_ONCE = 16
 
 
@@ -109,6 +110,7 @@ class Leader:
                 "reconcile",
                 lambda: every(s.reconcile_interval_s, self.reconcile, clock, name="reconcile", wake=wakes.reconcile),
             ),
+            Part("prune", lambda: every(PRUNE_S, self.prune, clock, name="prune")),
             Part("decide", lambda: every(s.decide_interval_s, self.decide, clock, name="decide", wake=wakes.decide)),
         ]
 
@@ -122,6 +124,12 @@ class Leader:
         if self.state.superseded_by is not None:
             raise LeadershipLost(f"term {self.state.term} is superseded by {self.state.superseded_by}")
         await self._leadership.check()
+
+    async def prune(self) -> None:
+        """Forget instances that ended long ago."""
+        pruned = await self._database.instances.prune(keep_s=self._settings.history_s)
+        if pruned:
+            log.info("pruned", instances=pruned)
 
     async def announce(self) -> None:
         """Tell the term to nodes that have not answered it. Raises a group of StaleTerm, BusLost."""

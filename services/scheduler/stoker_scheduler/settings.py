@@ -28,3 +28,4 @@ class SchedulerSettings(SharedSettings, frozen=True, kw_only=True, forbid_unknow
     majority_silence_limit_s: Positive = 15.0  # where most nodes fall silent at once while another one speaks
     link_limit_s: Positive = 10.0  # a leader cut off from the bus for this long lets another lead
     prepare_again_s: Positive = 60.0
+    history_s: Positive = 7 * 24 * 3600.0  # how long instances that ended are remembered

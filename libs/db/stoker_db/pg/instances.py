@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import msgspec
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from stoker_contracts.models import InstanceState, StartPhases
@@ -74,6 +75,12 @@ class PgInstances:
     async def recent(self, limit: int = 100) -> list[InstanceRow]:
         newest = (instances.c.created_at.desc(), instances.c.instance_id.desc())
         return await self._rows(select(*_COLUMNS).order_by(*newest).limit(limit))
+
+    async def prune(self, *, keep_s: float) -> int:
+        before = func.now() - timedelta(seconds=keep_s)
+        ended = delete(instances).where(instances.c.created_at <= before, text(f"NOT ({INSTANCE_IS_LIVE.text})"))
+        async with self._session.transaction() as connection:
+            return (await connection.execute(ended)).rowcount
 
     async def _rows(self, query: Select[*tuple[Any, ...]]) -> list[InstanceRow]:
         async with self._session.transaction() as connection:
