@@ -135,11 +135,15 @@ class Placing:
             else:
                 routes.refused(route)
                 log.info("offer_unanswered", request=job.request_id, instance=route.instance_id, code=error.code)
-                await self._streams.cancel(session)
+                session.abandon()  # it may have admitted the request after all
+                await self._streams.cancel(route.node, route.instance_id, job.request_id, message.attempt)
                 return False
         except BaseException:
             routes.withdrawn(route)
-            await self._streams.cancel(session)
+            try:
+                await self._streams.cancel(route.node, route.instance_id, job.request_id, message.attempt)
+            finally:
+                self._dispatcher.wake(job.spec.model_id)
             raise
         if isinstance(reply, Accepted):
             routes.accepted(route, reply.room)

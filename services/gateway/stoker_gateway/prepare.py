@@ -28,6 +28,8 @@ class Preparer:
         text = await self._texts.get(spec)
         prompt = await self._tokens(request, text, spec)
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
+        if (highest := max(prompt, default=0)) >= spec.vocab_size:  # also a tokenizer may know more than the model
+            raise InvalidRequest(f"{field}: token id {highest} is outside the vocabulary of {spec.vocab_size}", field)
         sampling = sampling_of(request.params, len(prompt), spec, text.stop_token_ids, field=field)
         composer = Composer(text.decode, stops=request.params.stop, end_ids=sampling.stop_token_ids)
         return Job(request_id, spec, prompt, sampling), composer
@@ -45,10 +47,6 @@ class Preparer:
             )
         else:
             tokens = request.prompt
-            if tokens and max(tokens) >= spec.vocab_size:
-                raise InvalidRequest(
-                    f"prompt: token id {max(tokens)} is outside the vocabulary of {spec.vocab_size}", "prompt"
-                )
         if not tokens:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
         return tokens

@@ -65,6 +65,10 @@ class Session:
         self.node, self.instance_id = node, instance_id
         return self.attempt
 
+    def abandon(self) -> None:
+        """Give the current attempt up: what still comes of it counts no more."""
+        self.node = self.instance_id = ""
+
     def on_frame(self, node: str, instance_id: str, frame: Frame) -> Verdict:
         """Raises InvalidMessage for tokens that do not unpack."""
         if self.failure is not None or (node, instance_id, frame.attempt) != (

@@ -74,14 +74,18 @@ class Streams:
         if session.finish is not None:
             self._last_acks.append(((session.node, session.instance_id), session.wanted))
         if stream.holding:
-            try:
-                await self.cancel(session)  # before others are let in, so that they find the room
+            try:  # before others are let in, so that they find the room
+                await self.cancel(session.node, session.instance_id, session.request_id, session.attempt)
             finally:
                 self._release(stream)
 
-    async def cancel(self, session: Session) -> None:
-        """Tell the instance of the current attempt to stop. Without a link it ends with this gateway's lease."""
-        await self._cancel(session.node, session.instance_id, session.request_id, session.attempt)
+    async def cancel(self, node: str, instance_id: str, request_id: str, attempt: int) -> None:
+        """Tell an instance to stop. If it does not hear it, its next frame or this gateway's lease ends the attempt."""
+        message = Cancel(request_id=request_id, attempt=attempt)
+        try:
+            await send(self._bus, subjects.instance_cancel(node, instance_id), message)
+        except BusError:
+            log.info("cancel_unsent", request=request_id, instance=instance_id)
 
     def lose(self, instance_id: str, why: str) -> None:
         """End the streams of an instance that is no more."""
@@ -111,7 +115,7 @@ class Streams:
             if verdict is Verdict.STRANGER:
                 strangers.append((frame.request_id, frame.attempt))
         for request_id, attempt in strangers:
-            await self._cancel(frames.node, frames.instance_id, request_id, attempt)
+            await self.cancel(frames.node, frames.instance_id, request_id, attempt)
         if model_id := self._dispatcher.routes.on_room(frames.instance_id, frames.room):
             self._dispatcher.wake(model_id)
 
@@ -151,10 +155,3 @@ class Streams:
             stream.holding = False
             self._dispatcher.routes.release(stream.session.instance_id)
             self._dispatcher.wake(stream.model_id)
-
-    async def _cancel(self, node: str, instance_id: str, request_id: str, attempt: int) -> None:
-        message = Cancel(request_id=request_id, attempt=attempt)
-        try:
-            await send(self._bus, subjects.instance_cancel(node, instance_id), message)
-        except BusError:
-            log.info("cancel_unsent", request=request_id, instance=instance_id)

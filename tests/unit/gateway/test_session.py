@@ -140,3 +140,14 @@ def test_whatever_is_lost_repeated_and_reordered_each_token_comes_once_and_in_or
     one.on_frame("n", "i", frame(len(one.journal), *answer[len(one.journal) :], finish=Finish.STOP))
     assert taken + list(one.take()) == answer
     assert one.finish is Finish.STOP
+
+
+def test_frames_of_an_attempt_that_was_given_up_count_no_more() -> None:
+    one = session()
+    one.abandon()
+    assert one.on_frame("n", "i", frame(0, 10, finish=Finish.STOP)) is STRANGER
+    assert not one.ended
+    assert one.begin("n", "i") == 2
+    assert one.generated == b""
+    assert one.on_frame("n", "i", frame(0, 10)) is STRANGER
+    assert one.on_frame("n", "i", frame(0, 10, attempt=2)) is ACCEPTED

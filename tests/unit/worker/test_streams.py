@@ -105,6 +105,30 @@ def test_unacked_tokens_are_sent_again_from_the_first_one_missing():
     assert [(f.index, list(unpack_tokens(f.tokens))) for f in again] == [(1, [11, 12])]
 
 
+def test_a_lost_frame_is_sent_again_while_the_stream_goes_on():
+    s = streams()
+    s.generate(generate(), 0.0)
+    again = []
+    for step in range(1, 101):  # a token every 20 ms; the gateway got none of the first two, so it acks nothing
+        s.produced([EngineOutput("r1/1", (step,))], step * 0.02)
+        s.ack(ack(0), step * 0.02)
+        again += [f for o in s.tick(step * 0.02)[0] for f in o.frames]
+    assert [f.index for f in again] == [0] * len(again)
+    assert 2 <= len(again) <= 4, "after 500 ms each, not with every step"
+    assert list(unpack_tokens(again[-1].tokens))[:2] == [1, 2]
+
+
+def test_a_stream_that_is_acked_regularly_is_never_sent_again():
+    s = streams()
+    s.generate(generate(), 0.0)
+    for step in range(1, 101):
+        now_s = step * 0.02
+        s.produced([EngineOutput("r1/1", (step,))], now_s)
+        if step % 12 == 0:
+            s.ack(ack(step - 1), now_s)
+        assert not [f for o in s.tick(now_s)[0] for f in o.frames]
+
+
 def test_a_finish_is_kept_until_it_is_acked_itself():
     s = streams()
     s.generate(generate(), 0.0)
@@ -126,6 +150,35 @@ def test_a_gateway_that_stops_acking_loses_its_requests_and_no_other_does():
     _, abort = s.tick(now_s)
     assert abort == ["r1/1"]
     assert s.running == 1
+
+
+def test_a_lease_runs_only_while_the_own_link_is_up():
+    s = streams()
+    s.generate(generate(), 0.0)
+    assert s.tick(8.0, link_up_since_s=7.0)[1] == [], "the gateway could not be heard"
+    assert s.tick(7.0 + GATEWAY_LEASE_S + 0.1, link_up_since_s=7.0)[1] == ["r1/1"]
+
+
+def test_a_gateway_that_comes_back_after_its_lease_learns_that_its_request_is_gone():
+    s = streams()
+    s.generate(generate(), 0.0)
+    s.produced([EngineOutput("r1/1", (10, 11))], 0.1)
+    late_s = GATEWAY_LEASE_S + 0.1
+    s.tick(late_s)
+    s.generate(generate("r2"), late_s)  # keeps the keepalives coming
+    (told,) = s.ack(ack(2), late_s)
+    (frame,) = told.frames
+    assert (told.gateway_id, frame.request_id, frame.attempt, frame.index) == ("g1", "r1", 1, 2)
+    assert frame.finish == Finish.ERROR
+    assert frame.error
+
+
+def test_a_repeated_ack_of_a_finish_needs_no_answer():
+    s = streams()
+    s.generate(generate(), 0.0)
+    s.produced([EngineOutput("r1/1", (10,), Finish.STOP)], 0.1)
+    assert s.ack(ack(2), 0.2) == []
+    assert s.ack(ack(2), 0.3) == []
 
 
 def test_another_gateway_cannot_ack_for_the_owner():
@@ -156,6 +209,13 @@ def test_a_stream_too_far_ahead_of_its_acks_is_ended():
     outgoing, abort = s.produced([EngineOutput("r1/1", tuple(range(TOKENS_AHEAD_MAX + 1)))], 0.1)
     assert abort == ["r1/1"]
     assert outgoing[0].frames[-1].finish == Finish.ERROR
+
+
+def test_an_engines_error_of_any_length_fits_in_a_frame():
+    s = streams()
+    s.generate(generate(), 0.0)
+    outgoing, _ = s.produced([EngineOutput("r1/1", (), Finish.ERROR, "x" * 1_000_000)], 0.1)
+    assert len(outgoing[0].frames[0].error) < 10_000
 
 
 def test_a_gateway_hears_a_keepalive_while_it_has_a_request_here():

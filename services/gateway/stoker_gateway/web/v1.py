@@ -84,11 +84,12 @@ class OpenAiRoutes:
         response = web.StreamResponse(headers=STREAM_HEADERS)
         await response.prepare(request)
         try:
-            await self._write_pieces(response, exchange, shape, generation)
-        except StokerError as error:
-            # The head said 200 already: the error travels as an event, and the missing end mark says "incomplete".
-            exchange.error, exchange.status = error.code, status_of(error.code)
-            await self._write(response, event(body_of(error)))
+            try:
+                await self._write_pieces(response, exchange, shape, generation)
+            except StokerError as error:
+                # The head said 200 already: the error travels as an event, and the missing end mark says "incomplete".
+                exchange.error, exchange.status = error.code, status_of(error.code)
+                await self._write(response, event(body_of(error)))
         except ConnectionError:
             exchange.status = CLIENT_GONE
         except TimeoutError:

@@ -16,6 +16,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config.load import LoadConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.sampling_params import RequestOutputKind
@@ -29,6 +30,7 @@ from stoker_worker.engines.base import EngineOutput, EngineRequest
 LOAD_FORMAT = "stoker"
 # vLLM attends on CPU in blocks of 32 tokens at least; small blocks keep prefixes shareable.
 _BLOCK_TOKENS = {DeviceKind.CPU: 32, DeviceKind.CUDA: 16}
+_SEED_OF_MINUS_ONE = 2**63 - 1
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
 
@@ -89,6 +91,7 @@ class VllmEngine:
             )
         except Exception as error:
             raise EngineFailed(f"vLLM cannot start {spec.name}: {type(error).__name__}: {error}") from error
+        self._vocab_size = spec.vocab_size
         self._load_ms = TimedLoader.load_ms
 
     @property
@@ -97,6 +100,9 @@ class VllmEngine:
 
     def add(self, request: EngineRequest) -> None:
         sampling = request.sampling
+        # vLLM checks this against a tokenizer only; in the model it ends every request there is.
+        if (highest := max(request.prompt, default=0)) >= self._vocab_size:
+            raise InvalidRequest(f"token id {highest} is outside the vocabulary of {self._vocab_size}")
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt)}
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
@@ -106,7 +112,8 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                seed=sampling.seed,
+                # To vLLM −1 means "none"; to clients it is a seed like any other.
+                seed=_SEED_OF_MINUS_ONE if sampling.seed == -1 else sampling.seed,
                 # Without a tokenizer vLLM knows no end-of-sequence token: the gateway names them all.
                 stop_token_ids=[] if sampling.ignore_eos else list(sampling.stop_token_ids),
                 ignore_eos=sampling.ignore_eos,
@@ -114,7 +121,7 @@ class VllmEngine:
                 output_kind=RequestOutputKind.DELTA,
             )
             self._engine.add_request(request.key, prompt, params)
-        except ValueError as error:
+        except (VLLMClientError, ValueError) as error:
             raise InvalidRequest(str(error)) from error
 
     def abort(self, key: str) -> None:

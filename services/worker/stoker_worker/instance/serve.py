@@ -40,6 +40,8 @@ class InstanceServer:
         self._stopping = asyncio.Event()
         self._engine_ended = asyncio.Event()
         self._moved = asyncio.Event()  # a stream advanced, was acked or ended
+        self._listening = False
+        self._ready: EngineReady | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bus: Bus | None = None
 
@@ -49,10 +51,10 @@ class InstanceServer:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._produced, outputs)
 
-    def announce(self, message: Contract) -> None:
-        """Tell the worker; from EngineReady on, requests are admitted."""
+    def announce(self, ready: EngineReady) -> None:
+        """The engine takes requests. The worker is told once they can arrive as well."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._announced, message)
+        self._loop.call_soon_threadsafe(self._engine_is_ready, ready)
 
     def engine_ended(self) -> None:
         """Nothing is delivered after this; the loop may end."""
@@ -76,19 +78,19 @@ class InstanceServer:
         await bus.subscribe(subjects.instance_generate(node, instance_id), self._on_generate)
         await bus.subscribe(subjects.instance_ack(node, instance_id), self._on_ack)
         await bus.subscribe(subjects.instance_cancel(node, instance_id), self._on_cancel)
-        sender = asyncio.create_task(self._send_frames(bus), name="frames")
-        ticker = asyncio.create_task(self._tick_forever(), name="tick")
-        try:
+        self._listening = True
+        if self._ready is not None:
+            self._open(self._ready)
+        async with asyncio.TaskGroup() as group:  # an instance that cannot send must not live on in silence
+            tasks = [group.create_task(self._send_frames(bus)), group.create_task(self._tick_forever(bus))]
             await self._stopping.wait()
             await self._drain()
-        finally:
-            sender.cancel()
-            ticker.cancel()
-            await asyncio.gather(sender, ticker, return_exceptions=True)
-            self._commands.put(Quit())
-            # The loop must outlive the engine's last `deliver`. The worker ends an instance that takes too long.
-            await self._engine_ended.wait()
-            await bus.close()
+            for task in tasks:
+                task.cancel()
+        self._commands.put(Quit())
+        # The loop must outlive the engine's last `deliver`. The worker ends an instance that takes too long.
+        await self._engine_ended.wait()
+        await bus.close()
 
     async def _on_generate(self, message: Message) -> None:
         assert self._bus is not None
@@ -100,7 +102,7 @@ class InstanceServer:
         self._report()
 
     async def _on_ack(self, message: Message) -> None:
-        self._streams.ack(decode(Ack, message.data), time.monotonic())
+        self._enqueue(self._streams.ack(decode(Ack, message.data), time.monotonic()))
         self._report()
 
     async def _on_cancel(self, message: Message) -> None:
@@ -115,10 +117,14 @@ class InstanceServer:
         if any(output.finish for output in outputs):
             self._report()
 
-    def _announced(self, message: Contract) -> None:
-        if isinstance(message, EngineReady):
-            self._streams.became_ready(time.monotonic())
-        self._tell_worker(message)
+    def _engine_is_ready(self, ready: EngineReady) -> None:
+        self._ready = ready
+        if self._listening:
+            self._open(ready)
+
+    def _open(self, ready: EngineReady) -> None:
+        self._streams.became_ready(time.monotonic())
+        self._tell_worker(ready)
         self._report()
 
     def _abort(self, keys: Sequence[str]) -> None:
@@ -147,10 +153,13 @@ class InstanceServer:
             except Disconnected:
                 continue  # kept until acked
 
-    async def _tick_forever(self) -> None:
+    async def _tick_forever(self, bus: Bus) -> None:
+        up_since_s, reconnects = time.monotonic(), bus.reconnects
         while True:
             await asyncio.sleep(_TICK_S)
-            outgoing, abort = self._streams.tick(time.monotonic())
+            if not bus.connected or bus.reconnects != reconnects:
+                up_since_s, reconnects = time.monotonic(), bus.reconnects
+            outgoing, abort = self._streams.tick(time.monotonic(), link_up_since_s=up_since_s)
             self._abort(abort)
             self._enqueue(outgoing)
             self._report()

@@ -1,7 +1,7 @@
 """An instance's open token streams, sans I/O: what to admit, what to send, what to send again.
 
-Frames are kept until the gateway acks them and sent again after RESEND_AFTER_S; a gateway that has not
-acked for GATEWAY_LEASE_S loses its requests. Times are passed in, in seconds of a monotonic clock.
+Frames are kept until the gateway acks them and sent again RESEND_AFTER_S after its acks stopped advancing; a
+gateway that has not acked for GATEWAY_LEASE_S loses its requests. Times are passed in, in seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from stoker_contracts.inference import (
     GenerateReply,
     Refused,
     RefusedReason,
+    Wanted,
 )
 from stoker_worker.engines.base import EngineOutput, EngineRequest
 
 _REMEMBERED_MAX = 4096
 """Ended attempts that are still recognised when `generate` is repeated."""
 _RETRY_AFTER_MS = 100
+_ERROR_CHARS_MAX = 2000
 
 
 @dataclass(slots=True)
@@ -43,7 +45,11 @@ class _Stream:
     tokens: list[int] = field(default_factory=list)  # not yet acked
     finish: Finish | None = None
     error: str = ""
-    sent_at_s: float = 0.0
+    unacked_since_s: float = 0.0  # when what is unacked was first sent, sent again, or last partly acked
+
+    @property
+    def unacked(self) -> bool:
+        return bool(self.tokens) or self.finish is not None
 
     @property
     def end(self) -> int:
@@ -75,7 +81,7 @@ class Streams:
     def __init__(self, *, slots: int, now_s: float) -> None:
         self._slots = slots
         self._streams: dict[str, _Stream] = {}
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, bool] = OrderedDict()  # → whether its gateway acked all of it
         self._lease_s: dict[str, float] = {}
         self._kept_alive_s: dict[str, float] = {}
         self._idle_since_s = now_s
@@ -137,37 +143,38 @@ class Streams:
             if stream is None or stream.finish is not None:
                 continue
             start = stream.end
+            if not stream.unacked:
+                stream.unacked_since_s = now_s
             stream.tokens.extend(output.tokens)
-            stream.finish, stream.error = output.finish, output.error
+            stream.finish, stream.error = output.finish, output.error[:_ERROR_CHARS_MAX]
             if stream.finish is None and len(stream.tokens) > TOKENS_AHEAD_MAX:
                 stream.finish = Finish.ERROR
                 stream.error = f"the gateway is {TOKENS_AHEAD_MAX} tokens behind"
                 abort.append(output.key)
             if stream.finish is not None:
                 self.finishes += 1
-            stream.sent_at_s = now_s
             fresh.setdefault(stream.gateway_id, []).append(stream.frame(start))
         return self._outgoing(fresh, now_s), abort
 
-    def failed(self, key: str, error: str, now_s: float) -> list[Outgoing]:
-        """The engine refused a request after it was admitted."""
-        outgoing, _ = self.produced([EngineOutput(key, (), Finish.ERROR, error)], now_s)
-        return outgoing
-
-    def ack(self, message: Ack, now_s: float) -> None:
+    def ack(self, message: Ack, now_s: float) -> list[Outgoing]:
+        """Frames to send now: errors for attempts that are no more here, lest their gateway waits for ever."""
         self._lease_s[message.gateway_id] = now_s
+        gone: list[Frame] = []
         for wanted in message.wanted:
             key = self.key(wanted.request_id, wanted.attempt)
             stream = self._streams.get(key)
+            if stream is None and not self._ended.get(key, False):
+                gone.append(_gone(wanted))
             if stream is None or stream.gateway_id != message.gateway_id:
                 continue
             if wanted.next > stream.base:
                 done = min(wanted.next, stream.end) - stream.base
                 del stream.tokens[:done]
                 stream.base += done
-                stream.sent_at_s = now_s  # progress: what remains was sent moments ago
+                stream.unacked_since_s = now_s  # progress: what remains was sent moments ago
             if stream.finish is not None and wanted.next > stream.end:
-                self._end(key, now_s)
+                self._end(key, now_s, acked=True)
+        return self._outgoing({message.gateway_id: gone}, now_s) if gone else []
 
     def cancel(self, message: Cancel, now_s: float) -> list[str]:
         """Keys to abort in the engine."""
@@ -182,11 +189,14 @@ class Streams:
         self._end(key, now_s)
         return [key] if running else []
 
-    def tick(self, now_s: float) -> tuple[list[Outgoing], list[str]]:
-        """Called a few times a second → (frames to send again, and keepalives; keys whose gateway is gone)."""
+    def tick(self, now_s: float, *, link_up_since_s: float = 0.0) -> tuple[list[Outgoing], list[str]]:
+        """Called a few times a second → (frames to send again, and keepalives; keys whose gateway is gone).
+
+        link_up_since_s: of this process's own link; while it is down no gateway can be heard, and no lease runs.
+        """
         abort = []
         gateways = {s.gateway_id for s in self._streams.values()}
-        lapsed = {g for g in gateways if now_s - self._lease_s[g] > GATEWAY_LEASE_S}
+        lapsed = {g for g in gateways if now_s - max(self._lease_s[g], link_up_since_s) > GATEWAY_LEASE_S}
         for key, stream in list(self._streams.items()):
             if stream.gateway_id in lapsed:
                 if stream.finish is None:
@@ -198,8 +208,8 @@ class Streams:
             self._kept_alive_s.pop(gone, None)
         again: dict[str, list[Frame]] = {}
         for stream in self._streams.values():
-            if (stream.tokens or stream.finish is not None) and now_s - stream.sent_at_s >= RESEND_AFTER_S:
-                stream.sent_at_s = now_s
+            if stream.unacked and now_s - stream.unacked_since_s >= RESEND_AFTER_S:
+                stream.unacked_since_s = now_s
                 again.setdefault(stream.gateway_id, []).append(stream.frame(stream.base))
         for gateway_id in gateways - lapsed:
             if now_s - self._kept_alive_s.get(gateway_id, 0.0) >= KEEPALIVE_S:
@@ -224,13 +234,23 @@ class Streams:
             outgoing.append(Outgoing(gateway_id, tuple(batch)))
         return outgoing
 
-    def _end(self, key: str, now_s: float) -> None:
+    def _end(self, key: str, now_s: float, *, acked: bool = False) -> None:
         del self._streams[key]
-        self._remember(key)
+        self._remember(key, acked=acked)
         if not self._streams:
             self._idle_since_s = now_s
 
-    def _remember(self, key: str) -> None:
-        self._ended[key] = None
+    def _remember(self, key: str, *, acked: bool = False) -> None:
+        self._ended[key] = acked
         while len(self._ended) > _REMEMBERED_MAX:
             self._ended.popitem(last=False)
+
+
+def _gone(wanted: Wanted) -> Frame:
+    return Frame(
+        request_id=wanted.request_id,
+        attempt=wanted.attempt,
+        index=wanted.next,
+        finish=Finish.ERROR,
+        error=f"the instance gave the request up: it heard no ack for {GATEWAY_LEASE_S:g} s",
+    )
