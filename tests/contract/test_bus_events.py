@@ -6,6 +6,8 @@ import asyncio
 import time
 from datetime import datetime, timedelta
 
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent as SdkEvent
 from tests.support.buses import Connect, Faulty, eventually
 
 from stoker_bus.events import PENDING_MAX, EventPublisher
@@ -37,6 +39,26 @@ async def run_and_stop(events: EventPublisher) -> None:
     stop = asyncio.Event()
     stop.set()
     await run_parts([events.part()], stop, drain_s=DRAIN_S)
+
+
+async def test_cloudevents_own_library_reads_an_event_with_and_without_a_trace(connect_bus: Connect) -> None:
+    setup_tracing("test")
+    bus = await connect_bus()
+    events = publisher(bus)
+    events.emit(INSTANCE_READY, "inst-1", model="m")
+    with span("work"):
+        events.emit(NODE_JOINED, "node-1", devices=["cpu"])
+    await run_and_stop(events)
+    raw = [m.data async for m in bus.follow(EVENTS_ALL, since_sequence=1, follow=False)]
+    read = [JSONFormat().read(SdkEvent, data) for data in raw]  # validates attribute names, types and values
+    assert [(e.get_type(), e.get_subject(), e.get_data()) for e in read] == [
+        ("stoker.instance.ready", "inst-1", {"model": "m"}),
+        ("stoker.node.joined", "node-1", {"devices": ["cpu"]}),
+    ]
+    assert [e.get_extension("sequence") for e in read] == ["000000000001", "000000000002"]
+    assert "traceparent" not in read[0].get_attributes()
+    assert read[1].get_extension("traceparent").startswith("00-")
+    assert read[0].get_time().tzinfo is not None
 
 
 async def test_an_event_is_a_whole_cloudevent(connect_bus: Connect) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tests.support.fake_instance import model_spec
 from tests.support.gateway_rig import Rig, eventually, gateway_rig, tokens_of
 from tests.support.tiny_tokenizer import END_ID
@@ -276,6 +277,10 @@ async def test_probes_answer(rig: Rig) -> None:
     assert 'stoker_gateway_requests_total{model="tiny",route="/v1/chat/completions",status="200"} 1.0' in metrics
     assert 'stoker_gateway_ttft_seconds_count{model="tiny"} 1.0' in metrics
     assert "stoker_gateway_open_streams 0.0" in metrics
+    families = {family.name: family for family in text_string_to_metric_families(metrics)}  # Prometheus's own parser
+    assert families["stoker_gateway_ttft_seconds"].type == "histogram"
+    assert families["stoker_gateway_requests"].type == "counter"
+    assert all(family.documentation for family in families.values())
 
 
 async def test_another_model_without_a_tokenizer_fails_clearly(rig: Rig) -> None:

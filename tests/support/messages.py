@@ -199,6 +199,8 @@ EXAMPLES: tuple[Contract, ...] = (
         subject="inst-0001",
         bootid="boot-0001",
         sequence="000000000042",
+        specversion="1.0",
+        datacontenttype="application/json",
         data={"model": "smollm2-135m", "start_ms": 1234.5, "devices": [0]},
         traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     ),

@@ -60,6 +60,8 @@ class EventPublisher:
             bootid=self._boot_id,
             sequence=f"{self._sequence:012d}",
             data=data,
+            specversion="1.0",
+            datacontenttype="application/json",
             traceparent=inject().get("traceparent", ""),
         )
         try:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from stoker_contracts.codec import Contract
 
 
-class CloudEvent(Contract, frozen=True, omit_defaults=False):
+class CloudEvent(Contract, frozen=True):
     """One event, on `events.<area>.<what>` in the stream STOKER_EVENTS.
 
     source: `/stoker/<service>/<name>`. Ordered per (source, bootid, sequence); a gap in `sequence` says
@@ -25,9 +25,9 @@ class CloudEvent(Contract, frozen=True, omit_defaults=False):
     bootid: str
     sequence: str  # zero-padded decimal, so that it also sorts as text
     data: dict[str, Any]
-    specversion: str = "1.0"
-    datacontenttype: str = "application/json"
-    traceparent: str = ""
+    specversion: str  # 1.0
+    datacontenttype: str  # application/json
+    traceparent: str = ""  # left out where there is no trace: CloudEvents know no empty attributes
 
 
 MODEL_REGISTERED = ("model", "registered")

@@ -47,7 +47,9 @@ def test_a_since_that_is_no_sequence_is_refused(since: str) -> None:
 def test_an_event_is_one_line() -> None:
     event = CloudEvent(
         id="e", source="/stoker/worker/n1", type="stoker.instance.failed", time="2026-01-02T03:04:05.678901+00:00",
-        subject="i-1", bootid="b", sequence="7", data={"reason": "[x] gone", "model": "m"},
+        subject="i-1", bootid="b", sequence="7", specversion="1.0",
+        datacontenttype="application/json",
+        data={"reason": "[x] gone", "model": "m"},
     )  # fmt: skip
     out = io.StringIO()
     Console(file=out, highlight=False, soft_wrap=True).print(line(12, event))
