@@ -81,3 +81,19 @@ async def test_of_simultaneous_registrations_one_wins_with_its_devices(
     assert sorted(type(o).__name__ for o in outcomes) == ["NodeTaken"] * 5 + ["NoneType"]
     assert await database.nodes.get("a") == winners[0]
     assert {o.boot_id for o in outcomes if isinstance(o, NodeTaken)} == {winners[0].boot_id}
+
+
+async def test_a_node_that_leaves_is_forgotten_with_its_devices_and_may_come_back(database: Database) -> None:
+    await database.nodes.register(NodeRow(name="a", boot_id="boot-1", devices=(CPU,)), replaces=None)
+    await database.nodes.leave("a", "boot-1")
+    assert await database.nodes.all() == []
+    await database.nodes.leave("a", "boot-1")
+    await database.nodes.register(NodeRow(name="a", boot_id="boot-2"), replaces=None)
+    assert await database.nodes.get("a") == NodeRow(name="a", boot_id="boot-2")
+
+
+async def test_an_old_boot_that_leaves_does_not_take_the_present_one_with_it(database: Database) -> None:
+    await database.nodes.register(NodeRow(name="a", boot_id="boot-1"), replaces=None)
+    await database.nodes.register(NodeRow(name="a", boot_id="boot-2"), replaces="boot-1")
+    await database.nodes.leave("a", "boot-1")
+    assert await database.nodes.get("a") == NodeRow(name="a", boot_id="boot-2")

@@ -34,6 +34,7 @@ CALLS: dict[str, Call] = {
     "models.files": lambda d: d.models.files("model-tiny", with_content=True),
     "models.bind_digests": lambda d: d.models.bind_digests("model-tiny", {"a": "sha256:aa"}),
     "models.delete": lambda d: d.models.delete("tiny"),
+    "nodes.leave": lambda d: d.nodes.leave("nowhere", "boot-1"),
     "nodes.register": lambda d: d.nodes.register(NodeRow(name="a", boot_id="b"), replaces=None),
     "nodes.get": lambda d: d.nodes.get("a"),
     "nodes.all": lambda d: d.nodes.all(),

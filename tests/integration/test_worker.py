@@ -363,7 +363,7 @@ async def test_a_killed_zygote_fails_its_instances_and_comes_back(rig: Rig):
     await rig.started()
 
 
-async def test_sigterm_finishes_what_is_in_hand_and_ends_everything(rig: Rig):
+async def test_sigterm_finishes_what_is_in_hand_and_ends_everything(rig: Rig, postgres_url: str):
     status = await rig.started()
     await rig.generate(status.instance_id, "r1", 100)
     loop = asyncio.get_running_loop()
@@ -379,6 +379,9 @@ async def test_sigterm_finishes_what_is_in_hand_and_ends_everything(rig: Rig):
     assert code == 0
     assert rig.tokens("r1") == expected_tokens([1, 2, 3], 100)
     assert not alive(status.pid)
+    database = await PgDatabase.connect(postgres_url)
+    assert await database.nodes.get(NODE) is None, "a node that leaves in order is no member any more"
+    await database.close()
 
 
 async def test_a_second_worker_of_the_same_node_does_not_take_over_a_live_one(rig: Rig, postgres_url: str):

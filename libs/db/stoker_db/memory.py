@@ -141,6 +141,12 @@ class MemoryNodes:
         devices = tuple(sorted(node.devices, key=lambda device: device.index))
         self._state.nodes[node.name] = msgspec.structs.replace(node, devices=devices)
 
+    async def leave(self, name: str, boot_id: str) -> None:
+        self._state.check()
+        holder = self._state.nodes.get(name)
+        if holder and holder.boot_id == boot_id:
+            del self._state.nodes[name]
+
     async def get(self, name: str) -> NodeRow | None:
         self._state.check()
         return self._state.nodes.get(name)

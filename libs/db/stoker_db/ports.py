@@ -103,6 +103,10 @@ class Nodes(Protocol):
         """Compare-and-set: the node's current boot id must be `replaces` (None: no such node yet). Raises NodeTaken."""
         ...
 
+    async def leave(self, name: str, boot_id: str) -> None:
+        """Forget a node that ends in order, unless another boot has its name by now."""
+        ...
+
     async def get(self, name: str) -> NodeRow | None: ...
 
     async def all(self) -> list[NodeRow]:

@@ -97,6 +97,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             publisher.emit(events.NODE_LEFT, state.node)
             await reporter.report()
             await publisher.drained()
+            await database.nodes.leave(state.node, state.boot_id)
 
         def stop_intake() -> None:
             state.draining = True

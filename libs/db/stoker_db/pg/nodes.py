@@ -77,6 +77,10 @@ class PgNodes:
                 ]
                 await connection.execute(insert(devices), rows)
 
+    async def leave(self, name: str, boot_id: str) -> None:
+        async with self._session.transaction() as connection:
+            await connection.execute(delete(nodes).where(nodes.c.name == name, nodes.c.boot_id == boot_id))
+
     async def get(self, name: str) -> NodeRow | None:
         async with self._session.transaction() as connection:
             rows = (await connection.execute(_QUERY.where(nodes.c.name == name))).mappings().all()
