@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 from opentelemetry import trace
@@ -16,6 +16,16 @@ from opentelemetry import trace
 from stoker_core.errors import InvalidSettings
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+class _StandardError:
+    """Whatever `sys.stderr` is when a line is written: it may be replaced, and the old one closed, after the set-up."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _add_trace(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -34,6 +44,7 @@ def setup_logging(service: str, *, level: str = "info", log_format: str = "auto"
         raise InvalidSettings(f"STOKER_LOG_LEVEL: {level!r} is none of {', '.join(_LEVELS)}")
     if log_format not in ("auto", "json", "console"):
         raise InvalidSettings(f"STOKER_LOG_FORMAT: {log_format!r} is none of auto, json, console")
+    stream = cast(TextIO, _StandardError())
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
@@ -48,13 +59,13 @@ def setup_logging(service: str, *, level: str = "info", log_format: str = "auto"
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service, **fields)
     # Libraries log through the standard module; only what they warn about is of interest.
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, stream=stream, format="%(name)s: %(message)s", force=True)
 
 
 def get_logger(name: str) -> Any:

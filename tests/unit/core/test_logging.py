@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from collections.abc import Iterator
+import sys
 
 import pytest
-import structlog
 
 from stoker_core.errors import InvalidSettings
 from stoker_core.logging import get_logger, setup_logging
 from stoker_core.tracing import inject, setup_tracing, span
-
-
-@pytest.fixture(autouse=True)
-def own_logs() -> Iterator[None]:
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
@@ -49,6 +39,21 @@ def test_a_logger_made_before_the_set_up_follows_it(capsys: pytest.CaptureFixtur
     setup_logging("worker", log_format="json")
     log.info("x")
     assert lines(capsys)[0]["service"] == "worker"
+
+
+def test_a_replaced_and_closed_standard_error_stops_no_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        closed = io.StringIO()
+        patch.setattr(sys, "stderr", closed)
+        setup_logging("worker", log_format="json")
+        closed.close()
+    get_logger("x").info("still heard")
+    logging.getLogger("library").warning("and this")
+    written = capsys.readouterr().err
+    assert '"still heard"' in written
+    assert "library: and this" in written
 
 
 def test_the_trace_id_is_on_the_lines_of_a_span(capsys: pytest.CaptureFixture[str]) -> None:
