@@ -151,6 +151,7 @@ class Orders:
             devices=row.devices,
             budget_ms=max(0, round(self._left_s(order) * 1000)),
         )
+        sent_s = self._clock.monotonic_s()  # from here on the worker's own phases count
         reply = await self._command(row.node, subjects.worker_start(row.node), command)
         if isinstance(reply, Failed):
             self._start_failed(row, reply, counts=reply.code not in NODES_FAULT)
@@ -161,7 +162,7 @@ class Orders:
             "devices": list(row.devices),
             "reason": row.reason,
             "term": self._state.term,
-            "place_ms": round((self._clock.monotonic_s() - order.demanded_s) * 1000, 1),
+            "place_ms": round((sent_s - order.demanded_s) * 1000, 1),
         }
         self._events.emit(INSTANCE_PLACED, row.instance_id, **placed)
         log.info("instance_placed", instance=row.instance_id, **placed)
