@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from stoker_bus.port import Bus, send
-from stoker_contracts import subjects
+from stoker_contracts import PROTOCOL_MINOR, subjects
 from stoker_contracts.control import StoreStatus
 from stoker_contracts.models import Tier
 from stoker_core.logging import get_logger
@@ -38,6 +38,7 @@ class Reporter:
             seq=self._seq + 1,
             tiers=self._tier.status(),
             held=tuple(self._tier.held()[:HELD_LISTED_MAX]),
+            protocol=PROTOCOL_MINOR,
         )
         await send(self._bus, subjects.status_store(self._node), status)
         self._seq += 1

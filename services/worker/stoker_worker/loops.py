@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from stoker_bus.port import Bus, send
-from stoker_contracts import subjects
+from stoker_contracts import PROTOCOL_MINOR, subjects
 from stoker_contracts.control import STATUS_INTERVAL_S, WorkerStatus
 from stoker_contracts.models import EngineKind
 from stoker_core.clock import Clock
@@ -40,6 +40,7 @@ class StatusReporter:
             prepared=tuple(sorted(state.prepared)),
             zygote_ready=all(self._zygote_ready(engine) for engine in state.engines),
             draining=state.draining,
+            protocol=PROTOCOL_MINOR,
         )
 
     async def report(self) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -90,7 +89,7 @@ class InstanceManager:
     def start(self, command: StartInstance) -> None:
         """Begin a start that the state allowed; its outcome shows in the state."""
         assert self._group is not None
-        instance = Instance(command.instance_id, command.model, command.devices, started_at_s=time.monotonic())
+        instance = Instance(command.instance_id, command.model, command.devices, started_at_s=self._clock.monotonic_s())
         self._state.instances[command.instance_id] = instance
         self._emit(events.INSTANCE_STARTING, instance)
         self._changed()
@@ -272,7 +271,7 @@ class InstanceManager:
                 self._heard(instance, process, message)
 
     def _heard(self, instance: Instance, process: _Process, message: FromInstance) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         match message:
             case Load():
                 instance.room, instance.running = message.room, message.running
@@ -321,7 +320,7 @@ class InstanceManager:
         if state == InstanceState.STOPPED and instance.state == InstanceState.READY:
             instance.become(InstanceState.STOPPING)
         instance.become(state)
-        instance.failure, instance.ended_at_s, instance.running = failure, time.monotonic(), 0
+        instance.failure, instance.ended_at_s, instance.running = failure, self._clock.monotonic_s(), 0
         if state == InstanceState.FAILED:
             log.error("instance_failed", instance=instance.instance_id, model=instance.model.name, reason=failure)
             self._emit(events.INSTANCE_FAILED, instance, reason=failure)

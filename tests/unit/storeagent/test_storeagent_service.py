@@ -24,6 +24,7 @@ from stoker_core.clock import SystemClock
 from stoker_core.errors import InvalidSettings
 from stoker_core.ids import SequentialIds
 from stoker_core.runner import run_parts
+from stoker_core.settings import load
 from stoker_db.memory import MemoryDatabase
 from stoker_storeagent import leases
 from stoker_storeagent.app import assemble
@@ -56,9 +57,10 @@ class Agent:
 
 @contextlib.asynccontextmanager
 async def agent(tmp_path: Path, database: MemoryDatabase | None = None, **settings: object) -> AsyncIterator[Agent]:
-    made = StoreagentSettings.from_env(
+    made = load(
+        StoreagentSettings,
         {"STOKER_HOME": str(tmp_path / "h"), "STOKER_NODE": "n1", "STOKER_STOREAGENT_SSD_CAPACITY_BYTES": "1000000000"}
-        | {f"STOKER_STOREAGENT_{key.upper()}": str(value) for key, value in settings.items()}
+        | {f"STOKER_STOREAGENT_{key.upper()}": str(value) for key, value in settings.items()},
     )
     broker, database, stop = MemoryBroker(), database or MemoryDatabase(), asyncio.Event()
     statuses: list[StoreStatus] = []

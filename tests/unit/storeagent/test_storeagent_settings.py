@@ -3,23 +3,25 @@ from pathlib import Path
 import pytest
 
 from stoker_core.errors import InvalidSettings
+from stoker_core.settings import load
 from stoker_storeagent.settings import StoreagentSettings
 
 
 def test_a_node_has_its_own_directory_under_home() -> None:
-    settings = StoreagentSettings.from_env({"STOKER_HOME": "/h", "STOKER_NODE": "n1"})
+    settings = load(StoreagentSettings, {"STOKER_HOME": "/h", "STOKER_NODE": "n1"})
     assert settings.socket_path == Path("/h/nodes/n1/store.sock")
     assert settings.ssd_path == Path("/h/nodes/n1/ssd")
     assert settings.allowed_root_paths == (Path("/"),)
 
 
 def test_directory_socket_and_roots_may_be_set() -> None:
-    settings = StoreagentSettings.from_env(
+    settings = load(
+        StoreagentSettings,
         {
             "STOKER_STOREAGENT_SSD_DIR": "/fast",
             "STOKER_STOREAGENT_SOCKET": "/run/s.sock",
             "STOKER_STOREAGENT_ALLOWED_ROOTS": "/models:/more",
-        }
+        },
     )
     assert settings.ssd_path == Path("/fast")
     assert settings.socket_path == Path("/run/s.sock")
@@ -27,14 +29,14 @@ def test_directory_socket_and_roots_may_be_set() -> None:
 
 
 def test_a_socket_path_that_is_too_long_is_refused_with_a_hint() -> None:
-    settings = StoreagentSettings.from_env({"STOKER_HOME": "/" + "h" * 100, "STOKER_NODE": "n1"})
+    settings = load(StoreagentSettings, {"STOKER_HOME": "/" + "h" * 100, "STOKER_NODE": "n1"})
     with pytest.raises(InvalidSettings, match="STOKER_STOREAGENT_SOCKET or a shorter STOKER_HOME"):
         _ = settings.socket_path
 
 
 @pytest.mark.parametrize("roots", ["", ":", "models", "/a:b"])
 def test_roots_must_be_absolute(roots: str) -> None:
-    settings = StoreagentSettings.from_env({"STOKER_STOREAGENT_ALLOWED_ROOTS": roots})
+    settings = load(StoreagentSettings, {"STOKER_STOREAGENT_ALLOWED_ROOTS": roots})
     with pytest.raises(InvalidSettings, match="ALLOWED_ROOTS"):
         _ = settings.allowed_root_paths
 
@@ -52,4 +54,4 @@ def test_roots_must_be_absolute(roots: str) -> None:
 )
 def test_a_value_or_key_that_cannot_be_used_is_named(key: str, value: str) -> None:
     with pytest.raises(InvalidSettings, match=key):
-        StoreagentSettings.from_env({key: value})
+        load(StoreagentSettings, {key: value})
