@@ -1,7 +1,7 @@
 # `make up` runs the system on this machine, `make test` checks everything. `make` alone lists the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup up test lint fmt check lock clean
+.PHONY: help setup up test lint fmt check tools fuzz lock clean
 
 BIN := .venv/bin
 SOURCES := libs services tests migrations
@@ -9,6 +9,7 @@ SOURCES := libs services tests migrations
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # cpu | gpu: which build of vLLM the environment gets.
 ENGINE ?= cpu
+FUZZ_S ?= 300
 # Options of `make up`, for instance ARGS="--gateway-port 9000 --no-demo".
 ARGS ?=
 
@@ -37,12 +38,19 @@ fmt: setup ## Format, and fix what can be fixed
 check: lint ## Before a commit: lint and unit tests, in seconds
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
 
-LOCK := $(BIN)/uv pip compile pyproject.toml --extra local --extra dev --python-version 3.11 \
-  --generate-hashes --no-emit-index-url --no-header -q
+tools: setup ## What only some commands need: rivals for `stoker bench load`, the fuzzer
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/tools.txt
+
+fuzz: tools ## Fuzz the parser of safetensors headers for FUZZ_S seconds (300)
+	$(BIN)/python tests/fuzz/fuzz_header.py -max_total_time=$(FUZZ_S)
+
+COMPILE := $(BIN)/uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q
+LOCK := $(COMPILE) pyproject.toml --extra local --extra dev
 
 lock: ## Resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) --extra cpu --universal -o requirements/cpu.txt
 	$(LOCK) --extra gpu --no-config --python-platform x86_64-manylinux_2_28 -o requirements/gpu.txt
+	$(COMPILE) --group tools --universal -c requirements/cpu.txt -o requirements/tools.txt
 	@if grep -nE '^--|://' requirements/*.txt; then echo 'requirements/*.txt must name no index or URL' >&2; exit 1; fi
 
 clean: ## Remove what tools leave behind (not .venv, not the demo model in .cache)

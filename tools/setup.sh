@@ -9,6 +9,7 @@ python=$venv/bin/python
 engine=${ENGINE:-cpu}
 lock=requirements/$engine.txt
 stamp=$venv/.setup-done
+built=$venv/.native-built
 log=$venv/setup.log # what pip says beside its errors
 torch=2.13.0+cpu
 torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
@@ -17,7 +18,17 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 # What the environment was made from, its own place included: an editable install points at it.
-fingerprint() { { echo "$engine"; cat "$lock" pyproject.toml tools/setup.sh; pwd; "$python" -VV; } 2>/dev/null | sha256sum; }
+fingerprint() {
+    {
+        echo "$engine"
+        cat "$lock" pyproject.toml tools/setup.sh
+        pwd
+        "$python" -VV
+    } 2>/dev/null | sha256sum
+}
+
+# What the native loader was built from.
+native() { find libs/checkpoint/CMakeLists.txt libs/checkpoint/csrc -type f -not -path '*/tests/*' -print0 | sort -z | xargs -0 sha256sum; }
 
 supported() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1; }
 
@@ -66,24 +77,35 @@ install_lock() {
     done
 }
 
+# The Python files of the checkout are used where they lie; only the native loader is built.
+install_stoker() {
+    say "stoker itself, and its native loader (a minute the first time)"
+    rm -f "$built"
+    PATH=$PWD/$venv/bin:$PATH pip install --no-deps --no-build-isolation --quiet -e . ||
+        die "stoker could not be built; is there a C++20 compiler (Debian: apt install g++)? All of the output is in $log"
+    native >"$built"
+}
+
 main() {
     [[ -f $lock ]] || die "ENGINE is cpu or gpu, not '$engine'"
-    if [[ -f $stamp && $(fingerprint) == "$(cat "$stamp")" ]]; then return; fi
     trap '[[ $? == 0 ]] || say "not finished; make setup goes on from here" >&2' EXIT
-    rm -f "$stamp"
-    if ! supported "$python"; then
-        local base
-        base=$(find_python)
-        say "creating $venv with $("$base" -V)"
-        "$base" -m venv --clear "$venv"
+    if ! [[ -f $stamp && $(fingerprint) == "$(cat "$stamp")" ]]; then
+        rm -f "$stamp" "$built"
+        if ! supported "$python"; then
+            local base
+            base=$(find_python)
+            say "creating $venv with $("$base" -V)"
+            "$base" -m venv --clear "$venv"
+        fi
+        : >"$log"
+        if [[ $engine == cpu ]]; then install_torch; fi # the GPU's torch is PyPI's, and in the lock
+        install_lock
+        fingerprint >"$stamp"
     fi
-    : >"$log"
-    if [[ $engine == cpu ]]; then install_torch; fi # the GPU's torch is PyPI's, and in the lock
-    install_lock
-    say "stoker itself"
-    pip install --no-deps --no-build-isolation --quiet -e .
-    fingerprint >"$stamp"
-    say "done"
+    if ! [[ -f $built && $(native) == "$(cat "$built")" ]]; then
+        install_stoker
+        say "done"
+    fi
 }
 
 main

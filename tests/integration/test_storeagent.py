@@ -17,6 +17,7 @@ from tests.support.tiny_model import write_tiny_model
 
 from stoker_bus.nats import NatsBus
 from stoker_bus.port import Message, ask
+from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_contracts import subjects
 from stoker_contracts.codec import decode, encode
 from stoker_contracts.control import Failed, Registered, RegisterModel, RegisterReply, StoreStatus
@@ -59,10 +60,13 @@ class System:
                 await asyncio.sleep(0.05)
 
     async def leases(self, count: int) -> None:
-        await eventually(
-            lambda: [h.leases for h in self.statuses[-1].held] == [count] if self.statuses else False,
-            what=f"{count} leases in the status",
-        )
+        """Until the copy on the SSD, the only one, has that many."""
+
+        def seen() -> bool:
+            held = self.statuses[-1].held if self.statuses else ()
+            return [h.leases for h in held if h.tier is Tier.SSD] == [count]
+
+        await eventually(seen, what=f"{count} leases in the status")
 
 
 @pytest.fixture
@@ -74,6 +78,7 @@ def environment(nats_url: str, postgres_url: str, tmp_path: Path) -> dict[str, s
         "STOKER_POSTGRES_URL": postgres_url,
         "STOKER_LOG_FORMAT": "json",
         "STOKER_STOREAGENT_METRIC_SAMPLE_S": "0.2",
+        "STOKER_STOREAGENT_POOL_BYTES": str(4 * CHUNK_BYTES),
     }
 
 
@@ -124,18 +129,21 @@ async def test_from_registration_over_a_lease_to_status_placement_and_events(sys
         samples = {t.tier: t for node, t in await system.database.tiers.latest() if node == NODE}
         loads = await system.database.tiers.observations()
         return (
-            [(p.node, p.tier, p.held_bytes) for p in placements] == [(NODE, Tier.SSD, reply.total_bytes)]
-            and Tier.SSD in samples
+            {(p.node, p.tier) for p in placements} == {(NODE, Tier.DRAM), (NODE, Tier.SSD)}
+            and {p.held_bytes for p in placements if p.tier is Tier.SSD} == {reply.total_bytes}
+            and samples.keys() >= {Tier.DRAM, Tier.SSD}
             and samples[Tier.SSD].used_bytes == reply.total_bytes
+            and samples[Tier.DRAM].used_bytes == 2 * CHUNK_BYTES  # one for each shard
             and [(o.load_ms, o.read_bytes) for o in loads] == [(12.5, reply.total_bytes)]
         )
 
-    await eventually(recorded, what="placement, sample and observation in Postgres")
+    await eventually(recorded, what="placements, samples and observation in Postgres")
     files = await system.database.models.files(reply.model.model_id, with_content=False)
     assert len(files) == reply.files
     assert all(file.digest.startswith("sha256:") for file in files)
 
-    assert await event_types(system, 3) == ["stoker.model.registered", "stoker.tier.filling", "stoker.tier.filled"]
+    filled = ["stoker.tier.filling", "stoker.tier.filled"]
+    assert await event_types(system, 5) == ["stoker.model.registered", *filled, *filled]
 
     assert system.process.terminate() == 0
     assert not system.socket.exists()
@@ -226,7 +234,7 @@ async def test_while_postgres_is_down_what_is_here_is_leased_and_the_rest_answer
 
     async with lease_client(system.socket) as client:
         granted = await client.lease(reply.model.model_id)
-        assert granted.source is Tier.SSD
+        assert granted.source is Tier.DRAM
         await client.used(load_ms=3.0, read_bytes=7)
     async with lease_client(system.socket) as client:
         refusal = await client.refused(other.model.model_id)

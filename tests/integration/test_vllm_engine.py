@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 from tests.support.fake_instance import VOCAB_SIZE, model_spec
+from tests.support.lent import lent
 from tests.support.tiny_model import write_tiny_model
 
 from stoker_contracts.inference import Finish, Sampling
@@ -37,7 +38,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         torch.set_num_threads(1)
         path = write_tiny_model(directory / "model", dtype="float32", tokenizer=False)
         spec = model_spec(engine=EngineKind.VLLM, dtype="float32", max_model_len=CONTEXT, kv_cache_bytes=16 << 20)
-        yield VllmEngine(spec, path, device=DeviceKind.CPU, device_bytes=1 << 30, batched_tokens_max=64)
+        with lent(path) as lease:
+            engine = VllmEngine(
+                spec, path, lease=lease, device=DeviceKind.CPU, device_bytes=1 << 30, batched_tokens_max=64
+            )
+            assert lease.load_ms == engine.load_ms > 0, "it ends its lease"
+            yield engine
 
 
 def run(engine: Engine, *requests: EngineRequest) -> dict[str, tuple[list[int], Finish | None]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,16 +13,20 @@ from stoker_contracts.codec import Contract, decode, encode
 from stoker_contracts.storage import LeaseGranted, LeaseProgress, LeaseRefused, LeaseReply, LeaseRequest, LeaseUsed
 
 ANSWER_S = 30.0
+DESCRIPTORS_MAX = 8
 
 
 class LeaseClient:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    """descriptors: what came with the grant: the pool's and the board's. Closed with the client."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._received = b""
         self.progress: list[LeaseProgress] = []
+        self.descriptors: list[int] = []
 
     async def write(self, data: bytes) -> None:
-        self._writer.write(data)
-        await self._writer.drain()
+        await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
     async def send(self, message: Contract) -> None:
         await self.write(encode(message) + b"\n")
@@ -28,7 +34,7 @@ class LeaseClient:
     async def answer(self) -> LeaseGranted | LeaseRefused | None:
         """The next answer that is no progress; None at the end of the connection."""
         async with asyncio.timeout(ANSWER_S):
-            while line := await self._reader.readline():
+            while line := await self._line():
                 reply = decode(LeaseReply, line)
                 if not isinstance(reply, LeaseProgress):
                     assert isinstance(reply, LeaseGranted | LeaseRefused)
@@ -36,8 +42,8 @@ class LeaseClient:
                 self.progress.append(reply)
         return None
 
-    async def lease(self, model_id: str, instance_id: str = "instance-1") -> LeaseGranted:
-        await self.send(LeaseRequest(model_id=model_id, instance_id=instance_id))
+    async def lease(self, model_id: str, instance_id: str = "instance-1", *, weights: bool = True) -> LeaseGranted:
+        await self.send(LeaseRequest(model_id=model_id, instance_id=instance_id, weights=weights))
         reply = await self.answer()
         assert isinstance(reply, LeaseGranted), reply
         return reply
@@ -51,20 +57,43 @@ class LeaseClient:
     async def used(self, load_ms: float, read_bytes: int) -> None:
         await self.send(LeaseUsed(load_ms=load_ms, read_bytes=read_bytes))
 
-    def abort(self) -> None:
-        """What the kernel does for a process that dies."""
-        self._writer.transport.abort()
+    def close(self) -> None:
+        """What the kernel does for a process that dies, too."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
+        self._socket.close()
 
-    async def close(self) -> None:
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
+    async def _line(self) -> bytes:
+        while b"\n" not in self._received:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, DESCRIPTORS_MAX)
+            except BlockingIOError:
+                await self._readable()
+                continue
+            self.descriptors += descriptors
+            if not data:
+                return b""
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return line
+
+    async def _readable(self) -> None:
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._socket, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._socket)
 
 
 @contextlib.asynccontextmanager
 async def lease_client(path: Path) -> AsyncIterator[LeaseClient]:
-    client = LeaseClient(*await asyncio.open_unix_connection(str(path)))
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, str(path))
+    client = LeaseClient(connection)
     try:
         yield client
     finally:
-        await client.close()
+        client.close()

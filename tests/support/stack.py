@@ -38,7 +38,11 @@ class Stack:
     def __init__(self, home: Path, log: Path, *options: str) -> None:
         self.home, self.log = home, log
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("STOKER_")}
-        self.environment = inherited | {"STOKER_HOME": str(home), "STOKER_UP_DEMO_CACHE": str(DEMO_CACHE)}
+        self.environment = inherited | {
+            "STOKER_HOME": str(home),
+            "STOKER_UP_DEMO_CACHE": str(DEMO_CACHE),
+            "STOKER_STOREAGENT_POOL_BYTES": str(1 << 30),
+        }
         ports = ("--gateway-port", "0", "--nats-port", "0", "--postgres-port", "0")
         with log.open("wb") as output:
             self.process = subprocess.Popen(

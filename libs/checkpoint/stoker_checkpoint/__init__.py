@@ -1,1 +1,5 @@
-"""What a checkpoint holds and whether it can be served: safetensors headers, directories, model configurations."""
+"""Checkpoints: what they hold, whether they can be served, and how they get into memory.
+
+`open.open_checkpoint`, `pool.Pool` and `load.load` are where to begin. Importing this package imports neither torch
+nor the native module: those who only look at headers need none.
+"""

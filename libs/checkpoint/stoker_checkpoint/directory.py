@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +86,22 @@ def inspect_directory(directory: Path) -> CheckpointDirectory:
     """
     try:
         root = directory.resolve(strict=True)
-        names = _entries(root)
+        names = entries(root)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
-        raise _unreadable(directory, error) from error
+        raise unreadable(directory, error) from error
     _refuse_code(root, names)
     _refuse_incomplete(root, names)
-    small = _small_files(root, sorted(name for name in names if name in _SMALL or name.endswith(_SMALL_SUFFIXES)))
+    small = read_small_files(root, sorted(name for name in names if name in _SMALL or name.endswith(_SMALL_SUFFIXES)))
     contents = {file.name: file.content for file in small}
     configs = {name: _json_object(root / name, text) for name, text in contents.items() if name.endswith("config.json")}
     for name, config in configs.items():
         if "auto_map" in config:
             raise RefusedCheckpoint(str(root / name), "auto_map asks for custom code; Stoker runs none")
     return CheckpointDirectory(
-        root=root, manifest=_manifest(root, names, contents), config=configs["config.json"], small_files=tuple(small)
+        root=root,
+        manifest=read_manifest(root, names, contents),
+        config=configs["config.json"],
+        small_files=tuple(small),
     )
 
 
@@ -114,7 +117,7 @@ def resolve_inside(root: Path, name: str) -> Path:
         target = path.resolve(strict=True)
         regular = stat.S_ISREG(target.stat().st_mode)
     except (OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not target.is_relative_to(root):
         raise RefusedCheckpoint(str(path), "it is a link that leaves the model's directory; copy the files (cp -rL)")
     if not regular:
@@ -122,10 +125,11 @@ def resolve_inside(root: Path, name: str) -> Path:
     return target
 
 
-def _entries(root: Path) -> set[str]:
+def entries(root: Path) -> set[str]:
+    """Names of what lies in `root`. Raises OSError, RefusedCheckpoint for too many."""
     names: set[str] = set()
-    with os.scandir(root) as entries:
-        for entry in entries:
+    with os.scandir(root) as found:
+        for entry in found:
             names.add(entry.name)
             if len(names) > ENTRIES_MAX:
                 raise RefusedCheckpoint(str(root), f"it has more than {ENTRIES_MAX} entries")
@@ -156,7 +160,8 @@ def _refuse_incomplete(root: Path, names: set[str]) -> None:
         raise RefusedCheckpoint(str(root), "its tokenizer is missing (tokenizer.json)")
 
 
-def _small_files(root: Path, names: Sequence[str]) -> list[SmallFile]:
+def read_small_files(root: Path, names: Sequence[str]) -> list[SmallFile]:
+    """Raises RefusedCheckpoint, also if they are too large together."""
     files = []
     left = SMALL_FILES_BYTES_MAX
     for name in names:
@@ -165,7 +170,7 @@ def _small_files(root: Path, names: Sequence[str]) -> list[SmallFile]:
             with target.open("rb") as file:
                 content = file.read(left + 1)
         except OSError as error:
-            raise _unreadable(target, error) from error
+            raise unreadable(target, error) from error
         left -= len(content)
         if left < 0:
             raise RefusedCheckpoint(
@@ -185,7 +190,11 @@ def _json_object(path: Path, content: bytes) -> dict[str, Any]:
     return value
 
 
-def _manifest(root: Path, names: set[str], contents: dict[str, bytes]) -> Manifest:
+def read_manifest(root: Path, names: set[str], contents: Mapping[str, bytes]) -> Manifest:
+    """Parse the headers of the shards that belong to the model. Raises as `inspect_directory`.
+
+    names: of the directory's entries.  contents: of its small files; only the index of shards is looked at.
+    """
     if INDEX in contents:
         index = parse_index(str(root / INDEX), contents[INDEX])
         wanted = sorted(set(index.values()))
@@ -210,16 +219,18 @@ def read_shard(root: Path, name: str) -> Shard:
     path = str(root / name)
     try:
         with target.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            file_bytes = found.st_size
             length = header_length(path, file.read(PREFIX_BYTES), file_bytes)
             header = file.read(length)
     except OSError as error:
-        raise _unreadable(target, error) from error
+        raise unreadable(target, error) from error
     if len(header) != length:
         raise CorruptCheckpoint(path, f"it ended at byte {PREFIX_BYTES + len(header)}, inside its header")
-    return parse_header(path, name, header, file_bytes)
+    return parse_header(path, name, header, file_bytes, mtime_ns=found.st_mtime_ns)
 
 
-def _unreadable(path: Path, error: Exception) -> RefusedCheckpoint:
+def unreadable(path: Path, error: Exception) -> RefusedCheckpoint:
+    """`error` of the operating system, as the reason why `path` cannot be served."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else shown(error)
     return RefusedCheckpoint(str(path), reason)

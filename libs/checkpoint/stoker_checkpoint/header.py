@@ -62,13 +62,18 @@ class TensorRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
-    """One safetensors file. data_offset_bytes: where its data begins; tensors: by offset, without gaps."""
+    """One safetensors file. data_offset_bytes: where its data begins; tensors: by offset, without gaps.
+
+    mtime_ns: of the file that was parsed, -1 if not known.  digests: of each chunk of the file, empty if not known.
+    """
 
     name: str
     size_bytes: int
     data_offset_bytes: int
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
+    mtime_ns: int = -1
+    digests: tuple[str, ...] = ()
 
 
 def header_length(path: str, prefix: bytes, file_bytes: int) -> int:
@@ -86,7 +91,7 @@ def header_length(path: str, prefix: bytes, file_bytes: int) -> int:
     return length
 
 
-def parse_header(path: str, name: str, header: bytes, file_bytes: int) -> Shard:
+def parse_header(path: str, name: str, header: bytes, file_bytes: int, *, mtime_ns: int = -1) -> Shard:
     """Check a whole header against the size of its file.
 
     path: for messages.  name: the shard's, in the tensors' references.  header: the JSON, as `header_length` says.
@@ -125,7 +130,12 @@ def parse_header(path: str, name: str, header: bytes, file_bytes: int) -> Shard:
     if end != file_bytes:
         raise CorruptCheckpoint(path, f"{file_bytes - end} bytes at byte {end} belong to no tensor")
     return Shard(
-        name=name, size_bytes=file_bytes, data_offset_bytes=data_offset, tensors=tuple(tensors), metadata=metadata
+        name=name,
+        size_bytes=file_bytes,
+        data_offset_bytes=data_offset,
+        tensors=tuple(tensors),
+        metadata=metadata,
+        mtime_ns=mtime_ns,
     )
 
 

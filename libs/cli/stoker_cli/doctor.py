@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from stoker_cli import home, output
+from stoker_cli import home, live_path, output
 from stoker_cli.answers import Nodes
 from stoker_cli.client import connect
 from stoker_cli.render import nodes_table
@@ -37,10 +38,11 @@ PROBE_TIMEOUT_S = 5.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """problems: one line each; empty when all is well."""
+    """loader: None if it could not be tried.  problems: one line each; empty when all is well."""
 
     versions: dict[str, str]
     machine: dict[str, str]
+    loader: live_path.LivePath | None
     settings: dict[str, dict[str, str]]  # service → environment key → value, secrets hidden
     running: bool
     gateway_url: str
@@ -63,11 +65,13 @@ async def examine(env: Mapping[str, str], url: str | None = None) -> Report:
         settings |= {name: masked(found)} if found else {}
     versions = _versions()
     problems += [f"{name} is {MISSING}" for name, text in versions.items() if text == MISSING]
+    loader = await asyncio.to_thread(live_path.try_out, up.home, problems) if up else None
     gateway_url = url or (endpoints.gateway_url if endpoints else "")
     nodes = await _health(gateway_url, problems) if gateway_url else Nodes(nodes=[])
     return Report(
         versions=versions,
         machine=_machine(),
+        loader=loader,
         settings=settings,
         running=bool(gateway_url),
         gateway_url=gateway_url,
@@ -160,7 +164,8 @@ def _machine() -> dict[str, str]:
 
 def show(report: Report, console: Console) -> None:
     """The report for people, problems last."""
-    for title, pairs in (("versions", report.versions), ("machine", report.machine)):
+    loader = live_path.shown(report.loader) if report.loader else {}
+    for title, pairs in (("versions", report.versions), ("machine", report.machine), ("loader", loader)):
         console.print(f"[bold]{title}[/]")
         for key, value in pairs.items():
             console.print(f"  {key:<14} {escape(value)}")

@@ -4,7 +4,11 @@
     agent:    LeaseProgress …, then LeaseGranted or LeaseRefused
     instance: LeaseUsed (once the engine has its own copy), then closes
 
-The connection is the lease: the files stay where they are while it is open, and a process that dies
+With LeaseGranted, in the same sendmsg and by SCM_RIGHTS, come two descriptors if weights were asked for: the
+node's pool of memory (read-only) and the board of this load, which says which of its chunks hold the model and which
+of them are ready. The agent may still be reading: the board also says how that ends. Source: `stoker_checkpoint.load.attach`.
+
+The connection is the lease: files and chunks stay where they are while it is open, and a process that dies
 gives it up by dying.
 """
 
@@ -17,6 +21,7 @@ from stoker_contracts.models import Tier
 class LeaseRequest(Contract, frozen=True):
     model_id: str
     instance_id: str
+    weights: bool = True  # False: the files alone, nothing is read into the pool
 
 
 class LeaseProgress(Contract, frozen=True, tag="progress"):
@@ -28,7 +33,7 @@ class LeaseProgress(Contract, frozen=True, tag="progress"):
 
 class LeaseGranted(Contract, frozen=True, tag="granted"):
     path: str  # a Hugging Face directory on this node
-    source: Tier  # where the files were when the lease was asked for
+    source: Tier  # where the model was when the lease was asked for; dram: in the pool, or on its way there
     total_bytes: int
     wait_ms: float  # from request to grant
 

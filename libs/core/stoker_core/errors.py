@@ -6,6 +6,7 @@ and crosses process boundaries. Only the gateway knows how a code maps to HTTP.
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 
@@ -169,6 +170,47 @@ class CorruptCheckpoint(RefusedCheckpoint):
     """A safetensors file breaks its format, or its contents are not what was registered."""
 
     code = "corrupt_checkpoint"
+
+
+class CheckpointChanged(CorruptCheckpoint):
+    """A file of a checkpoint is not as it was when it was registered."""
+
+    code = "checkpoint_changed"
+
+
+class ReadFailed(StokerError):
+    """A file of a checkpoint could not be read."""
+
+    code = "read_failed"
+    retryable = True
+
+    def __init__(self, path: str, offset_bytes: int, errno: int) -> None:
+        self.path, self.offset_bytes, self.errno = path, offset_bytes, errno
+        super().__init__(f"{path}: reading at byte {offset_bytes}: {os.strerror(errno)}")
+
+
+class LoadCancelled(StokerError):
+    """A load was cancelled, or the process that read for it is gone."""
+
+    code = "load_cancelled"
+    retryable = True
+
+
+class PoolExhausted(StokerError):
+    """The pool of pinned memory has too few free chunks."""
+
+    code = "pool_exhausted"
+    retryable = True
+
+    def __init__(self, need_bytes: int, free_bytes: int) -> None:
+        self.need_bytes, self.free_bytes = need_bytes, free_bytes
+        super().__init__(f"the pool needs {need_bytes} bytes and has {free_bytes} free")
+
+
+class NativeUnavailable(StokerError):
+    """The kernel or a driver refuses something the native loader cannot do without."""
+
+    code = "native_unavailable"
 
 
 class TierFull(StokerError):

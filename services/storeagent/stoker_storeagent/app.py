@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from stoker_bus.events import EventPublisher
 from stoker_bus.nats import NatsBus
 from stoker_bus.port import Bus
+from stoker_checkpoint.pool import Pool
 from stoker_contracts import subjects
 from stoker_contracts.control import STATUS_INTERVAL_S
 from stoker_core.clock import Clock, SystemClock
@@ -16,11 +17,14 @@ from stoker_core.runner import Part, every, run_parts
 from stoker_db.pg import PgDatabase
 from stoker_db.ports import Database, LoadObservation
 from stoker_storeagent.adapters.catalogue import DatabaseCatalogue
+from stoker_storeagent.adapters.pool import open_pool, pool_part
 from stoker_storeagent.adapters.ssd import SsdDirectory
+from stoker_storeagent.dram import DramTier
 from stoker_storeagent.filler import Filler
 from stoker_storeagent.handlers import Handlers
 from stoker_storeagent.leases import LeaseServer, close, listen
 from stoker_storeagent.loops import FLUSH_S, PRUNE_S, RECONCILE_S, Keeper, Reporter
+from stoker_storeagent.plans import Plans
 from stoker_storeagent.register import Registrar
 from stoker_storeagent.settings import StoreagentSettings
 from stoker_storeagent.sources import Sources
@@ -31,22 +35,26 @@ POSTGRES_POOL = 4
 
 
 async def serve(settings: StoreagentSettings, stop: asyncio.Event) -> None:
-    """Run until `stop`. Raises InvalidSettings, Disconnected, StorageFailed."""
+    """Run until `stop`. Raises InvalidSettings, NativeUnavailable, Disconnected, StorageFailed."""
     bus = await NatsBus.connect(settings.nats_url, name=f"storeagent {settings.node}")
     # Not awaited: what is on the SSD is leased whether or not the database is there.
     database = PgDatabase(settings.postgres_url, pool_size=POSTGRES_POOL)
     try:
-        parts = await assemble(settings, bus, database, SystemClock(), RandomIds())
-        await run_parts(parts, stop, drain_s=settings.drain_s)
+        pool = await asyncio.to_thread(open_pool, settings)
+        try:
+            parts = await assemble(settings, bus, database, pool, SystemClock(), RandomIds())
+            await run_parts(parts, stop, drain_s=settings.drain_s)
+        finally:  # the last: by now nothing reads into it any more
+            await asyncio.to_thread(pool.close)
     finally:
         await bus.close()
         await database.close()
 
 
 async def assemble(
-    settings: StoreagentSettings, bus: Bus, database: Database, clock: Clock, ids: Ids
+    settings: StoreagentSettings, bus: Bus, database: Database, pool: Pool, clock: Clock, ids: Ids
 ) -> Sequence[Part]:
-    """Open the tier and the socket, and return what runs. Raises InvalidSettings, StorageFailed."""
+    """Open the tiers and the socket, and return what runs. Raises InvalidSettings, StorageFailed."""
     node, boot_id = settings.node, ids.new("boot")
     sources = Sources(settings.allowed_root_paths)
     report_now, reconcile_now, flush_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -61,7 +69,7 @@ async def assemble(
         events = EventPublisher(bus, service="storeagent", name=node, boot_id=boot_id, clock=clock, ids=ids)
         ssd = SsdDirectory(settings.ssd_path, ids)
         filler = Filler(ssd, sources, copies_at_once=settings.copies_at_once, chunk_bytes=settings.copy_chunk_bytes)
-        tier = SsdTier(
+        ssd_tier = SsdTier(
             ssd,
             filler,
             DatabaseCatalogue(database),
@@ -69,20 +77,22 @@ async def assemble(
             clock,
             capacity_bytes=settings.ssd_capacity_bytes,
             changed=held_changed,
+            gone=lambda model_id: tiers.forget(model_id),
         )
-        await tier.open()
+        tiers = DramTier(pool, ssd_tier, Plans(ssd), events, clock, wait_s=settings.pool_wait_s, changed=held_changed)
+        await ssd_tier.open()
     except BaseException:
         close(listener)
         raise
-    keeper = Keeper(database, tier, node=node, keep_s=settings.metric_keep_s)
-    reporter = Reporter(bus, tier, node=node, boot_id=boot_id)
+    keeper = Keeper(database, tiers, node=node, keep_s=settings.metric_keep_s)
+    reporter = Reporter(bus, tiers, node=node, boot_id=boot_id)
 
     def observed(observation: LoadObservation) -> None:
         keeper.observe(observation)
         flush_now.set()
 
     server = LeaseServer(
-        tier,
+        tiers,
         listener,
         node=node,
         leases_max=settings.leases_max,
@@ -102,7 +112,9 @@ async def assemble(
 
     return [
         events.part(),
-        tier.part(),
+        ssd_tier.part(),
+        tiers.part(),
+        pool_part(pool, settings.ssd_path, probe=settings.reader == "auto"),
         server.part(),
         Part("register", answer_registrations),
         Part("status", lambda: every(STATUS_INTERVAL_S, reporter.report, clock, name="status", wake=report_now)),

@@ -68,8 +68,7 @@ class Filler:
             on_bytes=partial(on_bytes, file.path),
         )
         async with self._slots:
-            digest = await in_thread(copy, cancelled)
-        return StoredFile(path=file.path, size_bytes=file.size_bytes, digest=digest)
+            return await in_thread(copy, cancelled)
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:

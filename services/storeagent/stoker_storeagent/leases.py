@@ -10,20 +10,13 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from stoker_contracts.codec import Contract, decode, encode
-from stoker_contracts.models import Tier
-from stoker_contracts.storage import (
-    LINE_LIMIT_BYTES,
-    LeaseGranted,
-    LeaseProgress,
-    LeaseRefused,
-    LeaseRequest,
-    LeaseUsed,
-)
+from stoker_contracts.codec import decode
+from stoker_contracts.storage import LeaseGranted, LeaseProgress, LeaseRefused, LeaseRequest, LeaseUsed
 from stoker_core.errors import InvalidMessage, InvalidSettings, Overloaded, StokerError, Stopping
 from stoker_core.logging import get_logger
 from stoker_core.runner import Part
 from stoker_db.ports import LoadObservation
+from stoker_storeagent.connection import Connection
 from stoker_storeagent.ports import Held, Store
 
 log = get_logger("leases")
@@ -32,6 +25,7 @@ REQUEST_S = 10.0
 """How long a new connection may take to say what it wants."""
 PROBE_S = 1.0
 BACKLOG = 128
+ACCEPT_PAUSE_S = 0.1
 RETRY_AFTER_MS = 500
 READ_BYTES_MAX = (1 << 63) - 1
 
@@ -105,7 +99,12 @@ class LeaseServer:
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    connection, _ = await loop.sock_accept(self._listener)
+                    try:
+                        connection, _ = await loop.sock_accept(self._listener)
+                    except OSError as error:  # out of descriptors: others will give theirs back
+                        log.warning("not_accepted", error=str(error))
+                        await asyncio.sleep(ACCEPT_PAUSE_S)
+                        continue
                     self._open += 1
                     self._idle.clear()
                     task = group.create_task(self._connection(connection))
@@ -124,35 +123,30 @@ class LeaseServer:
         if not self._open:
             self._idle.set()
 
-    async def _connection(self, connection: socket.socket) -> None:
+    async def _connection(self, accepted: socket.socket) -> None:
+        connection = Connection(accepted)
         try:
-            reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LINE_LIMIT_BYTES)
-        except OSError as error:
-            connection.close()
-            log.debug("client_gone", error=str(error))
-            return
-        try:
-            await self._serve(reader, writer)
+            await self._serve(connection)
         except StokerError as error:
             # A message may quote file names, which need not be valid text.
             message = error.message.encode("utf-8", "backslashreplace").decode()
             try:
-                await _write(writer, LeaseRefused(code=error.code, message=message, retryable=error.retryable))
+                await connection.send(LeaseRefused(code=error.code, message=message, retryable=error.retryable))
             except OSError:
                 log.debug("refusal_unheard", code=error.code)
         except OSError as error:
             log.debug("client_gone", error=str(error))
         finally:
-            writer.close()
+            connection.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, connection: Connection) -> None:
         if self._stopping:
             raise Stopping
         if self._open > self._leases_max:
             raise Overloaded("the storage agent", retry_after_ms=RETRY_AFTER_MS)
         try:
             async with asyncio.timeout(REQUEST_S):
-                line = await _line(reader)
+                line = await connection.line()
         except TimeoutError as error:
             raise InvalidMessage(f"no request within {REQUEST_S:g} s") from error
         if not line:
@@ -160,35 +154,34 @@ class LeaseServer:
         request: LeaseRequest = decode(LeaseRequest, line)
 
         async def progress(done_bytes: int, total_bytes: int) -> None:
-            if reader.at_eof():
-                raise ConnectionResetError("the client left while its model was fetched")
-            await _write(writer, LeaseProgress(done_bytes=done_bytes, total_bytes=total_bytes))
+            connection.check()
+            await connection.send(LeaseProgress(done_bytes=done_bytes, total_bytes=total_bytes))
 
-        async with self._store.lease(request.model_id, progress) as held:
+        async with self._store.lease(request.model_id, progress, weights=request.weights) as held:
             log.info("leased", model_id=held.model_id, instance_id=request.instance_id, source=held.source)
             self._changed()
             try:
-                await self._hold(reader, writer, held)
+                await self._hold(connection, held)
             finally:
                 log.info("lease_ended", model_id=held.model_id, instance_id=request.instance_id)
         self._changed()
 
-    async def _hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, held: Held) -> None:
-        await _write(
-            writer,
-            LeaseGranted(path=str(held.path), source=held.source, total_bytes=held.total_bytes, wait_ms=held.wait_ms),
+    async def _hold(self, connection: Connection, held: Held) -> None:
+        granted = LeaseGranted(
+            path=str(held.path), source=held.source, total_bytes=held.total_bytes, wait_ms=held.wait_ms
         )
-        line = await _line(reader)
+        await connection.send(granted, held.descriptors)
+        line = await connection.line()
         if not line:
             return
         self._used(held, decode(LeaseUsed, line))
-        if await _line(reader):
+        if await connection.line():
             raise InvalidMessage("nothing follows LeaseUsed but the end of the connection")
 
     def _used(self, held: Held, used: LeaseUsed) -> None:
         if not (0 <= used.read_bytes <= READ_BYTES_MAX and 0 <= used.load_ms < math.inf):
             raise InvalidMessage("LeaseUsed: load_ms and read_bytes must not be negative nor out of range")
-        self._store.observe_load(Tier.SSD, used.read_bytes, used.load_ms)
+        self._store.observe_load(held, used.read_bytes, used.load_ms)
         self._observe(
             LoadObservation(
                 model_id=held.model_id,
@@ -199,16 +192,3 @@ class LeaseServer:
                 wait_ms=held.wait_ms,
             )
         )
-
-
-async def _line(reader: asyncio.StreamReader) -> bytes:
-    """One line, or b'' at the end. Raises InvalidMessage over the limit."""
-    try:
-        return await reader.readline()
-    except ValueError as error:
-        raise InvalidMessage(f"a line is longer than {LINE_LIMIT_BYTES} bytes") from error
-
-
-async def _write(writer: asyncio.StreamWriter, message: Contract) -> None:
-    writer.write(encode(message) + b"\n")
-    await writer.drain()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from stoker_contracts.control import HeldModel, TierStatus
 from stoker_contracts.models import ModelSpec, Tier
 from stoker_db.ports import ModelFile
 
@@ -19,7 +20,8 @@ OnProgress = Callable[[int, int], Awaitable[None]]
 class Held(msgspec.Struct, frozen=True, kw_only=True):
     """A model's files, complete and unchanging for as long as the lease lasts.
 
-    source: where they were when they were asked for.  wait_ms: from the request until they were here.
+    source: where the model was when it was asked for.  wait_ms: from the request until it could be read.
+    descriptors: of the pool and of the board, if its weights are leased in memory; valid while the lease lasts.
     """
 
     model_id: str
@@ -27,20 +29,37 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     source: Tier
     total_bytes: int
     wait_ms: float
+    descriptors: tuple[int, ...] = ()
 
 
 class Store(Protocol):
     """Brings models to this node and keeps them while they are leased."""
 
-    def lease(self, model_id: str, on_progress: OnProgress) -> AbstractAsyncContextManager[Held]:
-        """Enter: fetch the model if need be. Nothing evicts it until exit.
+    def lease(self, model_id: str, on_progress: OnProgress, *, weights: bool) -> AbstractAsyncContextManager[Held]:
+        """Enter: fetch the model if need be, and begin to read its weights into memory if they are wanted.
 
-        Raises ModelNotFound, RefusedCheckpoint, TierFull, StorageFailed, DatabaseUnavailable, Overloaded, Stopping.
+        Nothing evicts it until exit. A reading that fails after that is the board's to tell.
+        Raises ModelNotFound, RefusedCheckpoint, TierFull, PoolExhausted, StorageFailed, DatabaseUnavailable, Overloaded,
+        Stopping.
         """
         ...
 
-    def observe_load(self, source: Tier, read_bytes: int, load_ms: float) -> None:
+    def observe_load(self, held: Held, read_bytes: int, load_ms: float) -> None:
         """An instance has read a leased model."""
+        ...
+
+
+class Tiers(Protocol):
+    """What a node's tiers hold, for those who report it and keep it in order."""
+
+    def held(self) -> list[HeldModel]:
+        """Complete models per tier, the fastest tier first, the most recently used first."""
+        ...
+
+    def status(self) -> tuple[TierStatus, ...]: ...
+
+    async def drop(self, model_id: str, reason: str) -> bool:
+        """Remove a model unless it is leased or being filled. Returns whether it was removed."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -24,6 +24,12 @@ class StoreagentSettings(SharedSettings, frozen=True, kw_only=True, forbid_unkno
     copies_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2  # files
     copy_chunk_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 8 * 1024 * 1024
     leases_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256  # open connections
+    pool_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: a quarter of the memory available at start
+    pool_huge: Literal["auto", "hugetlb", "collapse", "none"] = "auto"  # pages
+    pool_lock: bool = True
+    pool_fault_threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    pool_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 10.0  # how long a lease waits for room in the pool
+    reader: Literal["auto", "io_uring", "threads"] = "auto"
     metric_sample_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     metric_keep_s: Annotated[float, msgspec.Meta(gt=0)] = 7 * 24 * 3600.0
 

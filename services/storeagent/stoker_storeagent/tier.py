@@ -14,7 +14,7 @@ from stoker_contracts.control import HeldModel, TierStatus
 from stoker_contracts.events import TIER_EVICTED, TIER_FILLED, TIER_FILLING, TIER_REFUSED
 from stoker_contracts.models import Tier
 from stoker_core.clock import Clock
-from stoker_core.errors import Overloaded, StokerError, Stopping, TierFull
+from stoker_core.errors import Overloaded, StokerError, Stopping, StorageFailed, TierFull
 from stoker_core.logging import get_logger
 from stoker_core.runner import Part
 from stoker_storeagent.adapters.ssd import SsdDirectory
@@ -47,7 +47,7 @@ class _Fill:
 
 
 class SsdTier:
-    """Implements ports.Store with plain files. `open` comes first, then `part` must run."""
+    """Leases plain files. `open` comes first, then `part` must run."""
 
     def __init__(
         self,
@@ -59,12 +59,17 @@ class SsdTier:
         *,
         capacity_bytes: int,
         changed: Callable[[], None],
+        gone: Callable[[str], None] = lambda model_id: None,
     ) -> None:
-        """capacity_bytes: 0 for a share of what is free or held already.  changed: told when what is held changes."""
+        """capacity_bytes: 0 for a share of what is free or held already.
+
+        changed: told when what is held changes.  gone: told which model's copy is taken away, before another can be made.
+        """
         self._ssd, self._filler, self._catalogue = ssd, filler, catalogue
-        self._events, self._clock, self._changed = events, clock, changed
+        self._events, self._clock, self._changed, self._gone = events, clock, changed, gone
         self._ledger = Ledger(Tier.SSD, capacity_bytes)
         self._fills: dict[str, _Fill] = {}
+        self._condemned: dict[str, tuple[Entry, str]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._stopping = False
         self._hits = self._misses = self._copied = self._failed = 0
@@ -107,11 +112,20 @@ class SsdTier:
                 wait_ms=(entry.used_s - asked_s) * 1000,
             )
         finally:
-            self._ledger.unpin(model_id)
+            await self._unpin(model_id)
 
-    def observe_load(self, source: Tier, read_bytes: int, load_ms: float) -> None:
-        # Whatever it was before, the files are read from this tier.
-        self._ssd_rate.add(read_bytes, load_ms / 1000)
+    @asynccontextmanager
+    async def pinned(self, model_id: str) -> AsyncIterator[None]:
+        """Keep a copy that is leased now, longer than its lease."""
+        self._ledger.pin(model_id)
+        try:
+            yield
+        finally:
+            await self._unpin(model_id)
+
+    def observe_read(self, size_bytes: int, seconds: float) -> None:
+        """Files of this tier were read, whatever tier they had come from."""
+        self._ssd_rate.add(size_bytes, seconds)
 
     def held(self) -> list[HeldModel]:
         """Complete models, the most recently used first."""
@@ -155,6 +169,32 @@ class SsdTier:
         self._ledger.forget(model_id)
         await self._remove([entry], reason)
         return True
+
+    def condemn(self, model_id: str, code: str) -> None:
+        """A copy that cannot be read as it was written is leased no more: the next lease makes another.
+
+        It stays for those who lease it, until they leave or another takes its place.  code: of the error that showed it.
+        """
+        entry = self._ledger.ready(model_id)
+        if entry is not None:
+            log.warning("copy_condemned", model_id=model_id, code=code)
+            self._ledger.forget(model_id)
+            self._condemned[model_id] = (entry, code)
+            self._gone(model_id)
+            self._changed()
+
+    async def _unpin(self, model_id: str) -> None:
+        self._ledger.unpin(model_id)
+        if not self._ledger.pins(model_id):
+            await self._remove_condemned(model_id)
+
+    async def _remove_condemned(self, model_id: str) -> None:
+        entry, code = self._condemned.pop(model_id, (None, ""))
+        if entry is not None:
+            try:
+                await self._remove([entry], code)
+            except StorageFailed as error:  # it may be gone already
+                log.warning("copy_not_removed", model_id=model_id, error=error.message)
 
     async def _fetched(self, model_id: str, on_progress: OnProgress) -> Entry:
         fill = self._fills.get(model_id) or self._begin(model_id)
@@ -203,6 +243,7 @@ class SsdTier:
         spec, files = await self._catalogue.find(model_id)
         fill.total_bytes = sum(file.size_bytes for file in files)
         started_s = self._clock.monotonic_s()
+        await self._remove_condemned(model_id)
         await self._remove(self._ledger.reserve(model_id, fill.total_bytes, started_s), "room")
         self._events.emit(TIER_FILLING, model_id, model=spec.name, tier=Tier.SSD, bytes=fill.total_bytes)
         temporary = await self._room_on_disk(partial(self._ssd.begin, model_id, files))
@@ -233,6 +274,8 @@ class SsdTier:
                 await self._remove([victim], "disk_full")
 
     async def _remove(self, victims: list[Entry], reason: str) -> None:
+        for victim in victims:
+            self._gone(victim.model_id)
         # The names go at once, so that a new copy of the same model cannot meet the old one.
         aside = [(victim, self._ssd.set_aside(victim.model_id)) for victim in victims]
         for victim, path in aside:

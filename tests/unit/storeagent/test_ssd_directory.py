@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from stoker_checkpoint.digests import chunk_digest
 from stoker_core.errors import (
     CorruptCheckpoint,
     RefusedCheckpoint,
@@ -17,7 +18,8 @@ from stoker_core.errors import (
 )
 from stoker_core.ids import SequentialIds
 from stoker_db.ports import ModelFile
-from stoker_storeagent.adapters.ssd import MANIFEST, SsdDirectory, StoredFile, StoredModel
+from stoker_storeagent.adapters import ssd as ssd_module
+from stoker_storeagent.adapters.ssd import MANIFEST, ChunkDigests, SsdDirectory, StoredFile, StoredModel
 
 CONTENT = bytes(range(256)) * 40
 FILE = ModelFile(path="w", size_bytes=len(CONTENT))
@@ -37,7 +39,7 @@ def ssd(tmp_path: Path) -> SsdDirectory:
     return made
 
 
-def copy(ssd: SsdDirectory, source: Path, target: Path, file: ModelFile = FILE, cancelled: bool = False) -> str:
+def copy(ssd: SsdDirectory, source: Path, target: Path, file: ModelFile = FILE, cancelled: bool = False) -> StoredFile:
     event = threading.Event()
     if cancelled:
         event.set()
@@ -46,17 +48,17 @@ def copy(ssd: SsdDirectory, source: Path, target: Path, file: ModelFile = FILE, 
 
 def publish(ssd: SsdDirectory, source: Path, model_id: str = "model-1") -> Path:
     target = ssd.begin(model_id, [FILE])
-    digest = copy(ssd, source, target)
-    files = (StoredFile(path="w", size_bytes=len(CONTENT), digest=digest),)
-    return ssd.publish(target, StoredModel(model_id=model_id, name="m", files=files))
+    return ssd.publish(target, StoredModel(model_id=model_id, name="m", files=(copy(ssd, source, target),)))
 
 
-def test_a_copy_is_the_source_and_its_digest(ssd: SsdDirectory, source: Path) -> None:
+def test_a_copy_is_the_source_and_what_is_known_of_it(ssd: SsdDirectory, source: Path) -> None:
     target = ssd.begin("model-1", [FILE])
     done: list[int] = []
-    digest = ssd.copy(source, target, FILE, chunk_bytes=4096, cancelled=threading.Event(), on_bytes=done.append)
+    stored = ssd.copy(source, target, FILE, chunk_bytes=4096, cancelled=threading.Event(), on_bytes=done.append)
     assert (target / "w").read_bytes() == CONTENT
-    assert digest == f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+    assert stored.digest == f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+    assert stored.chunk_digests == (chunk_digest(CONTENT),)
+    assert stored.mtime_ns == (target / "w").stat().st_mtime_ns
     assert done == [4096, 8192, len(CONTENT)]
 
 
@@ -170,3 +172,32 @@ def test_a_directory_that_cannot_be_made_is_a_storage_failure(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageFailed):
         SsdDirectory(tmp_path / "file" / "ssd", SequentialIds()).open()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 10, 64])
+@pytest.mark.parametrize("size_bytes", [0, 1, 9, 10, 11, 30])
+def test_digests_of_chunks_do_not_depend_on_how_the_bytes_come(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int, size_bytes: int
+) -> None:
+    monkeypatch.setattr(ssd_module, "CHUNK_BYTES", 10)
+    content = memoryview(CONTENT)[:size_bytes]
+    digests = ChunkDigests()
+    for at in range(0, size_bytes, piece_bytes):
+        digests.update(content[at : at + piece_bytes])
+    assert digests.finish() == tuple(chunk_digest(content[at : at + 10]) for at in range(0, size_bytes, 10))
+
+
+def test_a_copy_of_the_first_format_is_adopted_without_digests_of_chunks(ssd: SsdDirectory, source: Path) -> None:
+    path = publish(ssd, source)
+    old = {"model_id": "model-1", "name": "m", "format": 1}
+    old["files"] = [{"path": "w", "size_bytes": len(CONTENT), "digest": "sha256:00"}]
+    (path / MANIFEST).write_bytes(msgspec.json.encode(old))
+    [(stored, _)] = ssd.open()
+    assert ssd.stored("model-1") == stored
+    assert [(file.mtime_ns, file.chunk_digests) for file in stored.files] == [(-1, ())]
+
+
+def test_a_copy_whose_record_is_lost_is_corrupt(ssd: SsdDirectory, source: Path) -> None:
+    (publish(ssd, source) / MANIFEST).unlink()
+    with pytest.raises(CorruptCheckpoint, match=MANIFEST):
+        ssd.stored("model-1")

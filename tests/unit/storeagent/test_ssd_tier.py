@@ -25,7 +25,7 @@ from stoker_core.ids import SequentialIds
 from stoker_db.memory import MemoryDatabase
 from stoker_db.ports import ModelFile
 from stoker_storeagent.adapters.catalogue import DatabaseCatalogue
-from stoker_storeagent.adapters.ssd import SsdDirectory
+from stoker_storeagent.adapters.ssd import SsdDirectory, StoredFile
 from stoker_storeagent.filler import Filler
 from stoker_storeagent.loops import Keeper
 from stoker_storeagent.register import Registrar
@@ -58,7 +58,7 @@ class WatchedDirectory(SsdDirectory):
         chunk_bytes: int,
         cancelled: threading.Event,
         on_bytes: Callable[[int], None],
-    ) -> str:
+    ) -> StoredFile:
         while self.gate is not None and not self.gate.wait(0.01) and not cancelled.is_set():
             pass
         return super().copy(source, target, file, chunk_bytes=chunk_bytes, cancelled=cancelled, on_bytes=on_bytes)

@@ -1,83 +1,21 @@
 """The whole storage agent on the memory bus and database, with its real socket and directory."""
 
 import asyncio
-import contextlib
 import socket
 import stat
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tests.support.lease_client import lease_client
 from tests.support.services import eventually
+from tests.support.storeagent_rig import Agent, agent
 from tests.support.tiny_model import write_tiny_model
 
-from stoker_bus.memory import MemoryBroker
-from stoker_bus.port import Message, ask
-from stoker_contracts import subjects
-from stoker_contracts.codec import decode
-from stoker_contracts.control import Failed, HeldModel, Registered, RegisterModel, RegisterReply, StoreStatus
-from stoker_contracts.models import ModelSpec, Tier
+from stoker_contracts.models import Tier
 from stoker_contracts.storage import LINE_LIMIT_BYTES, LeaseGranted, LeaseRefused
-from stoker_core.clock import SystemClock
 from stoker_core.errors import InvalidSettings
-from stoker_core.ids import SequentialIds
-from stoker_core.runner import run_parts
-from stoker_core.settings import load
-from stoker_db.memory import MemoryDatabase
 from stoker_storeagent import leases
-from stoker_storeagent.app import assemble
 from stoker_storeagent.leases import close, listen
-from stoker_storeagent.settings import StoreagentSettings
-
-
-@dataclass
-class Agent:
-    settings: StoreagentSettings
-    broker: MemoryBroker
-    database: MemoryDatabase
-    statuses: list[StoreStatus]
-
-    @property
-    def socket(self) -> Path:
-        return self.settings.socket_path
-
-    async def register(self, source: Path) -> ModelSpec:
-        order = RegisterModel(name="tiny", source=source.as_uri())
-        reply: Registered | Failed = await ask(
-            self.broker.connect(), subjects.store_register("n1"), order, RegisterReply, timeout_s=10.0
-        )
-        assert isinstance(reply, Registered)
-        return reply.model
-
-    def held(self) -> tuple[HeldModel, ...]:
-        return self.statuses[-1].held if self.statuses else ()
-
-
-@contextlib.asynccontextmanager
-async def agent(tmp_path: Path, database: MemoryDatabase | None = None, **settings: object) -> AsyncIterator[Agent]:
-    made = load(
-        StoreagentSettings,
-        {"STOKER_HOME": str(tmp_path / "h"), "STOKER_NODE": "n1", "STOKER_STOREAGENT_SSD_CAPACITY_BYTES": "1000000000"}
-        | {f"STOKER_STOREAGENT_{key.upper()}": str(value) for key, value in settings.items()},
-    )
-    broker, database, stop = MemoryBroker(), database or MemoryDatabase(), asyncio.Event()
-    statuses: list[StoreStatus] = []
-
-    async def hear(message: Message) -> None:
-        statuses.append(decode(StoreStatus, message.data))
-
-    await broker.connect().subscribe(subjects.STATUS_STORE_ALL, hear)
-    parts = await assemble(made, broker.connect(), database, SystemClock(), SequentialIds())
-    running = asyncio.create_task(run_parts(parts, stop, drain_s=5.0))
-    try:
-        await eventually(lambda: bool(statuses), what="a first status")
-        yield Agent(made, broker, database, statuses)
-    finally:
-        stop.set()
-        await running
-    assert not made.socket_path.exists()
 
 
 @pytest.fixture
@@ -94,20 +32,18 @@ async def test_a_lease_over_the_socket_and_what_is_said_of_it(tmp_path: Path, mo
             assert granted.source is Tier.REMOTE
             await eventually(lambda: [h.leases for h in store.held()] == [1], what="the lease in the status")
             await client.used(load_ms=100.0, read_bytes=granted.total_bytes)
-            await eventually(
-                lambda: store.statuses[-1].tiers[0].read_bytes_per_s > 0, what="the bandwidth in the status"
-            )
+            await eventually(lambda: store.status(Tier.SSD).read_bytes_per_s > 0, what="the bandwidth in the status")
         await eventually(lambda: [h.leases for h in store.held()] == [0], what="the end of the lease")
         [seen] = await store.database.tiers.observations()
         assert (seen.model_id, seen.node, seen.source) == (spec.model_id, "n1", Tier.REMOTE)
         assert (seen.read_bytes, seen.load_ms) == (granted.total_bytes, 100.0)
-        await eventually(lambda: placed(store), what="the placement")
+        await eventually(lambda: placed(store), what="the placements")
         assert [s.seq for s in store.statuses] == list(range(1, len(store.statuses) + 1))
         assert {s.boot_id for s in store.statuses} == {"boot-1"}
 
 
 async def placed(store: Agent) -> bool:
-    return len(await store.database.tiers.placements()) == 1
+    return {p.tier for p in await store.database.tiers.placements()} == {Tier.DRAM, Tier.SSD}
 
 
 async def test_a_killed_client_frees_its_lease(tmp_path: Path, model: Path) -> None:
@@ -116,7 +52,7 @@ async def test_a_killed_client_frees_its_lease(tmp_path: Path, model: Path) -> N
         async with lease_client(store.socket) as client:
             await client.lease(spec.model_id)
             await eventually(lambda: [h.leases for h in store.held()] == [1])
-            client.abort()
+            client.close()
             await eventually(lambda: [h.leases for h in store.held()] == [0])
 
 
@@ -194,7 +130,7 @@ async def test_observations_wait_for_the_database(tmp_path: Path, model: Path) -
         store.database.go_down()
         async with lease_client(store.socket) as client:
             granted = await client.lease(spec.model_id)
-            assert granted.source is Tier.SSD
+            assert granted.source is Tier.DRAM
             await client.used(load_ms=5.0, read_bytes=7)
         await asyncio.sleep(0)
         store.database.come_up()

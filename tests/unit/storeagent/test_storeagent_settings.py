@@ -50,6 +50,11 @@ def test_roots_must_be_absolute(roots: str) -> None:
         ("STOKER_STOREAGENT_METRIC_SAMPLE_S", "0"),
         ("STOKER_STOREAGENT_SSD_CAPACITY_BYTES", "much"),
         ("STOKER_STOREAGENT_SSD_CAPACTY_BYTES", "1"),
+        ("STOKER_STOREAGENT_POOL_HUGE", "large"),
+        ("STOKER_STOREAGENT_POOL_LOCK", "perhaps"),
+        ("STOKER_STOREAGENT_POOL_FAULT_THREADS", "0"),
+        ("STOKER_STOREAGENT_POOL_WAIT_S", "-1"),
+        ("STOKER_STOREAGENT_READER", "aio"),
     ],
 )
 def test_a_value_or_key_that_cannot_be_used_is_named(key: str, value: str) -> None:

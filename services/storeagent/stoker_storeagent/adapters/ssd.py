@@ -20,9 +20,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
+import xxhash
 
 from stoker_checkpoint.directory import resolve_inside
 from stoker_checkpoint.manifest import is_plain_name
+from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_core.errors import CorruptCheckpoint, RefusedCheckpoint, Stopping, StorageFailed, TierFull
 from stoker_core.ids import Ids
 from stoker_core.logging import get_logger
@@ -32,24 +34,32 @@ log = get_logger("ssd")
 
 MANIFEST = "stoker.json"
 MANIFEST_BYTES_MAX = 16 * 1024 * 1024
+_FORMATS = (1, 2)
 _LEFTOVER = ".tmp-"
 _MODEL_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """digest: of the whole file.  mtime_ns: -1 if not known.  chunk_digests: as `stoker_checkpoint.digests`; empty if not known."""
+
     path: str
     size_bytes: int
     digest: str
+    mtime_ns: int = -1
+    chunk_digests: tuple[str, ...] = ()
 
 
 class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
-    """stoker.json: what a directory of the tier must hold, so that it can be used without the database."""
+    """stoker.json: what a directory of the tier must hold, so that it can be used without the database.
+
+    Format 1 knew neither times nor digests of chunks.
+    """
 
     model_id: str
     name: str
     files: tuple[StoredFile, ...]
-    format: int = 1
+    format: int = 2
 
     @property
     def total_bytes(self) -> int:
@@ -80,7 +90,7 @@ class SsdDirectory:
                 if path.name.startswith(_LEFTOVER):
                     shutil.rmtree(path)
                     log.info("leftover_removed", path=str(path))
-                elif (stored := _read_manifest(path)) is None:
+                elif (stored := _adoptable(path)) is None:
                     continue
                 elif (lack := _lack(path, stored)) is None:
                     found.append((stored, (path / MANIFEST).stat().st_mtime))
@@ -88,6 +98,16 @@ class SsdDirectory:
                     shutil.rmtree(path)
                     log.warning("incomplete_removed", path=str(path), reason=lack)
         return found
+
+    def stored(self, model_id: str) -> StoredModel:
+        """What a model's directory must hold. Raises CorruptCheckpoint if that is not known any more."""
+        path = self.path(model_id)
+        try:
+            return _read_manifest(path)
+        except OSError as error:
+            raise CorruptCheckpoint(str(path / MANIFEST), error.strerror or str(error)) from error
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise CorruptCheckpoint(str(path / MANIFEST), str(error)) from error
 
     def free_bytes(self) -> int:
         """Free for this user on the file system."""
@@ -118,8 +138,8 @@ class SsdDirectory:
         chunk_bytes: int,
         cancelled: threading.Event,
         on_bytes: Callable[[int], None],
-    ) -> str:
-        """Copy one file from directory to directory and put it on the disk; returns 'sha256:…' of what was written.
+    ) -> StoredFile:
+        """Copy one file from directory to directory and put it on the disk; returns what was written.
 
         on_bytes: told the bytes done so far.
         Raises RefusedCheckpoint if it is gone or unreadable, CorruptCheckpoint if it has another size than registered,
@@ -127,7 +147,7 @@ class SsdDirectory:
         """
         origin = resolve_inside(source, file.path)
         destination = target / file.path
-        digest = hashlib.sha256()
+        digest, chunks = hashlib.sha256(), ChunkDigests()
         done = 0
         buffer = memoryview(bytearray(chunk_bytes))
         with _writing(destination, file.size_bytes), ExitStack() as files:
@@ -143,13 +163,21 @@ class SsdDirectory:
                 if done > file.size_bytes or not chunk:
                     break
                 digest.update(chunk)
+                chunks.update(chunk)
                 _write_all(writer.fileno(), chunk)
                 on_bytes(done)
             if done != file.size_bytes:
                 has = "more than" if done > file.size_bytes else f"{done} bytes instead of"
                 raise CorruptCheckpoint(str(origin), f"it has {has} the {file.size_bytes} bytes that were registered")
             os.fsync(writer.fileno())
-        return f"sha256:{digest.hexdigest()}"
+            mtime_ns = os.fstat(writer.fileno()).st_mtime_ns
+        return StoredFile(
+            path=file.path,
+            size_bytes=file.size_bytes,
+            digest=f"sha256:{digest.hexdigest()}",
+            mtime_ns=mtime_ns,
+            chunk_digests=chunks.finish(),
+        )
 
     def publish(self, temporary: Path, stored: StoredModel) -> Path:
         """Give a complete copy its name, durably. Raises TierFull, StorageFailed."""
@@ -186,17 +214,47 @@ class SsdDirectory:
         return self.root / f"{_LEFTOVER}{self.path(model_id).name}-{self._ids.new('copy')}"
 
 
-def _read_manifest(path: Path) -> StoredModel | None:
+class ChunkDigests:
+    """The digests of a file's chunks, from its bytes as they come by in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        while data:
+            piece, data = data[: self._room], data[self._room :]
+            self._hash.update(piece)
+            self._room -= len(piece)
+            if not self._room:
+                self._next()
+
+    def finish(self) -> tuple[str, ...]:
+        if self._room < CHUNK_BYTES:
+            self._next()
+        return tuple(self._done)
+
+    def _next(self) -> None:
+        self._done.append(f"xxh3_128:{self._hash.hexdigest()}")
+        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
+
+
+def _adoptable(path: Path) -> StoredModel | None:
     """The manifest of a directory that this tier wrote; None, said in the log, for anything else."""
     try:
-        if (path / MANIFEST).stat().st_size > MANIFEST_BYTES_MAX:
-            raise ValueError(f"{MANIFEST} is too large")
-        stored = msgspec.json.decode((path / MANIFEST).read_bytes(), type=StoredModel)
-        if stored.format != 1 or stored.model_id != path.name or not _MODEL_ID.fullmatch(path.name):
-            raise ValueError(f"{MANIFEST} is not this directory's")
+        return _read_manifest(path)
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         log.warning("not_adopted", path=str(path), reason=str(error))
         return None
+
+
+def _read_manifest(path: Path) -> StoredModel:
+    """Raises OSError, ValueError, MsgspecError."""
+    if (path / MANIFEST).stat().st_size > MANIFEST_BYTES_MAX:
+        raise ValueError(f"{MANIFEST} is too large")
+    stored = msgspec.json.decode((path / MANIFEST).read_bytes(), type=StoredModel)
+    if stored.format not in _FORMATS or stored.model_id != path.name or not _MODEL_ID.fullmatch(path.name):
+        raise ValueError(f"{MANIFEST} is not this directory's")
     return stored
 
 

@@ -34,7 +34,7 @@ class Engine(Protocol):
 
     @property
     def load_ms(self) -> float:
-        """What reading the weights took, of the time it took to build the engine."""
+        """What it took to get the weights into the engine, of the time it took to build it."""
         ...
 
     def add(self, request: EngineRequest) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from stoker_checkpoint.load import attach
+
+from stoker_checkpoint.open import open_checkpoint
+from stoker_checkpoint.plan import plan_reads
 from stoker_contracts.inference import Finish, Sampling
 from stoker_contracts.models import ModelSpec
 from stoker_worker.engines.base import EngineOutput, EngineRequest
+from stoker_worker.instance.lease import Lease
 
 _MULTIPLIER, _MASK = 6364136223846793005, (1 << 64) - 1
-_READ_BYTES = 8 << 20
 
 
 def mix(state: int, token: int) -> int:
@@ -39,17 +42,24 @@ class _Running:
 
 
 class SimEngine:
-    """step_s: duration of one step, whatever the batch."""
+    """lease: ends once every page of the weights was read.  step_s: duration of one step, whatever the batch."""
 
-    def __init__(self, spec: ModelSpec, path: Path, *, step_s: float) -> None:
+    def __init__(self, spec: ModelSpec, lease: Lease, *, step_s: float) -> None:
         self._vocab, self._step_s = spec.vocab_size, step_s
         self._running: dict[str, _Running] = {}
         began = time.monotonic()
-        for file in sorted(path.glob("*.safetensors")):
-            with file.open("rb", buffering=0) as weights:
-                while weights.read(_READ_BYTES):
-                    pass
+        manifest = open_checkpoint(lease.path)
+        with attach(
+            manifest,
+            plan_reads(manifest),
+            lease.pool_fd,
+            lease.board_fd,
+            directory=lease.path,
+            alive=lease.alive,
+        ) as weights:
+            weights.touch()
         self._load_ms = (time.monotonic() - began) * 1e3
+        lease.used(load_ms=self._load_ms)
 
     @property
     def load_ms(self) -> float:

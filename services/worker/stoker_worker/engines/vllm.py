@@ -6,55 +6,50 @@ a zygote with every import paid, and spawning a second process would pay them ag
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import SamplingParams
-from vllm.config.load import LoadConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
-from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from stoker_checkpoint.vllm_loader import LOAD_FORMAT, register, when_loaded
 from stoker_contracts.inference import Finish
 from stoker_contracts.models import DeviceKind, ModelSpec
-from stoker_core.errors import EngineFailed, InvalidRequest
+from stoker_core.errors import EngineFailed, InvalidRequest, StokerError
 from stoker_worker.engines.base import EngineOutput, EngineRequest
+from stoker_worker.instance.lease import Lease
 
-LOAD_FORMAT = "stoker"
 # vLLM attends on CPU in blocks of 32 tokens at least; small blocks keep prefixes shareable.
 _BLOCK_TOKENS = {DeviceKind.CPU: 32, DeviceKind.CUDA: 16}
 _SEED_OF_MINUS_ONE = 2**63 - 1
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
-
-@register_model_loader(LOAD_FORMAT)
-class TimedLoader(DefaultModelLoader):  # type: ignore[misc]
-    """vLLM's safetensors loader, timed: where a start's seconds go is Stoker's business."""
-
-    load_ms = 0.0
-
-    def __init__(self, load_config: LoadConfig) -> None:
-        super().__init__(dataclasses.replace(load_config, load_format="safetensors"))
-
-    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        began = time.monotonic()
-        super().load_weights(model, model_config)
-        TimedLoader.load_ms = (time.monotonic() - began) * 1e3
+register()  # in the zygote, so that no start pays for it
 
 
 class VllmEngine:
-    """Raises EngineFailed if vLLM cannot be built from `path` within `spec`'s limits."""
+    """lease: on the model that lies at `path`; it ends as soon as its weights are in vLLM. Without one they are read here.
+
+    Raises EngineFailed if vLLM cannot be built within `spec`'s limits, and what the loader raises.
+    """
 
     def __init__(
-        self, spec: ModelSpec, path: Path, *, device: DeviceKind, device_bytes: int, batched_tokens_max: int
+        self,
+        spec: ModelSpec,
+        path: Path,
+        *,
+        lease: Lease | None = None,
+        device: DeviceKind,
+        device_bytes: int,
+        batched_tokens_max: int,
     ) -> None:
+        self._vocab_size = spec.vocab_size
+        self._load_ms = 0.0
+        self._lease = lease
         options: dict[str, Any] = {"enforce_eager": True}
         if device == DeviceKind.CUDA:
             # Compilation costs minutes; graphs of few decode batch sizes cost seconds and give most of the speed.
@@ -69,30 +64,37 @@ class VllmEngine:
                 "gpu_memory_utilization": min(0.95, spec.gpu_bytes / max(device_bytes, 1)),
             }
         try:
-            self._engine = LLMEngine.from_engine_args(
-                EngineArgs(
-                    model=str(path),
-                    skip_tokenizer_init=True,
-                    load_format=LOAD_FORMAT,
-                    use_tqdm_on_load=False,
-                    dtype=spec.dtype,
-                    max_model_len=spec.max_model_len,
-                    max_num_seqs=spec.slots,
-                    max_num_batched_tokens=max(batched_tokens_max, spec.slots),
-                    kv_cache_memory_bytes=spec.kv_cache_bytes,
-                    block_size=_BLOCK_TOKENS[device],
-                    enable_prefix_caching=True,
-                    distributed_executor_backend="uni",
-                    disable_log_stats=True,
-                    # Forked siblings would otherwise sample identical "random" tokens: the default seed is 0.
-                    seed=int.from_bytes(os.urandom(4), "little"),
-                    **options,
+            with when_loaded(self._loaded):
+                self._engine = LLMEngine.from_engine_args(
+                    EngineArgs(
+                        model=str(path),
+                        skip_tokenizer_init=True,
+                        load_format=LOAD_FORMAT,
+                        model_loader_extra_config=_loader_options(lease),
+                        use_tqdm_on_load=False,
+                        dtype=spec.dtype,
+                        max_model_len=spec.max_model_len,
+                        max_num_seqs=spec.slots,
+                        max_num_batched_tokens=max(batched_tokens_max, spec.slots),
+                        kv_cache_memory_bytes=spec.kv_cache_bytes,
+                        block_size=_BLOCK_TOKENS[device],
+                        enable_prefix_caching=True,
+                        distributed_executor_backend="uni",
+                        disable_log_stats=True,
+                        # Forked siblings would otherwise sample identical "random" tokens: the default seed is 0.
+                        seed=int.from_bytes(os.urandom(4), "little"),
+                        **options,
+                    )
                 )
-            )
+        except StokerError:
+            raise
         except Exception as error:
             raise EngineFailed(f"vLLM cannot start {spec.name}: {type(error).__name__}: {error}") from error
-        self._vocab_size = spec.vocab_size
-        self._load_ms = TimedLoader.load_ms
+
+    def _loaded(self, load_ms: float) -> None:
+        self._load_ms = load_ms
+        if self._lease is not None:
+            self._lease.used(load_ms=load_ms)
 
     @property
     def load_ms(self) -> float:
@@ -145,3 +147,9 @@ class VllmEngine:
                     error_text = f"vLLM ended the request: {completion.finish_reason}"
             outputs.append(EngineOutput(result.request_id, completion.token_ids, finish, error_text))
         return outputs
+
+
+def _loader_options(lease: Lease | None) -> dict[str, int]:
+    if lease is None:
+        return {}
+    return {"pool_fd": lease.pool_fd, "board_fd": lease.board_fd, "lease_fd": lease.fileno()}

@@ -7,7 +7,6 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from stoker_contracts.inference import Finish
 from stoker_contracts.models import DeviceKind, EngineKind, StartPhases
@@ -40,12 +39,12 @@ CommandQueue = queue.SimpleQueue[HostCommand]
 """Bounded by the instance's slots: one Add and one Abort for each admitted request."""
 
 
-def build_engine(config: InstanceConfig, path: Path) -> Engine:
-    """Raises EngineFailed."""
+def build_engine(config: InstanceConfig, lease: Lease) -> Engine:
+    """The engine ends the lease, as soon as the weights are its own. Raises EngineFailed, and what the loader raises."""
     if config.model.engine == EngineKind.SIM:
         from stoker_worker.engines.sim import SimEngine
 
-        return SimEngine(config.model, path, step_s=config.sim_step_s)
+        return SimEngine(config.model, lease, step_s=config.sim_step_s)
     if config.model.engine == EngineKind.VLLM:
         import torch
 
@@ -55,7 +54,8 @@ def build_engine(config: InstanceConfig, path: Path) -> Engine:
             torch.set_num_threads(config.threads)
         return VllmEngine(
             config.model,
-            path,
+            lease.path,
+            lease=lease,
             device=config.device_kind,
             device_bytes=config.device_bytes,
             batched_tokens_max=config.batched_tokens_max,
@@ -64,7 +64,7 @@ def build_engine(config: InstanceConfig, path: Path) -> Engine:
 
 
 def start_engine(config: InstanceConfig, *, forked_at_s: float) -> tuple[Engine, EngineReady]:
-    """Lease the files, build the engine, give the lease back. Raises EngineFailed (LeaseDenied among them)."""
+    """Lease the files and build the engine. Raises EngineFailed (LeaseDenied among them), and what the loader raises."""
     with Lease(
         config.store_socket,
         model_id=config.model.model_id,
@@ -72,8 +72,7 @@ def start_engine(config: InstanceConfig, *, forked_at_s: float) -> tuple[Engine,
         timeout_s=config.lease_timeout_s,
     ) as lease:
         leased_at_s = time.monotonic()
-        engine = build_engine(config, Path(lease.granted.path))
-        lease.used(load_ms=engine.load_ms)
+        engine = build_engine(config, lease)
         source = lease.granted.source
     gc.collect()
     gc.freeze()  # what the engine is made of stays; a full collection would stall a step

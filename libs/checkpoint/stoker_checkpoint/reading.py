@@ -1,0 +1,207 @@
+"""A load on the side that reads: from start to the moment when its chunks go back to the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from stoker_checkpoint import _native
+from stoker_checkpoint.digests import chunk_digest
+from stoker_checkpoint.manifest import Shard
+from stoker_checkpoint.plan import CHUNK_BYTES, ReadPlan
+from stoker_core.errors import CheckpointChanged, CorruptCheckpoint, LoadCancelled, ReadFailed, StokerError
+
+if TYPE_CHECKING:
+    from stoker_checkpoint.pool import Pool
+
+VERIFY_THREADS = 2
+"""One digests 35 GiB/s; the other goes on where the first waits for the interpreter."""
+CLOSE_S = 60.0
+"""How long a read that the kernel has begun may take to end before closing gives up."""
+_POLL_S = 0.1
+
+
+def load_error(board: _native.Board, plan: ReadPlan, directory: Path) -> StokerError:
+    """Why the load of `plan` ended without being done."""
+    if board.state != _native.FAILED:
+        return LoadCancelled()
+    kind, file, offset, error = board.failure()
+    path = str(directory / plan.shards[file]) if file < len(plan.shards) else str(directory)
+    if kind == _native.READ_ERROR:
+        return ReadFailed(path, offset, error)
+    if kind == _native.TRUNCATED:
+        return CorruptCheckpoint(path, f"it ends at byte {offset}, before its registered size")
+    if kind == _native.CHANGED:
+        return CheckpointChanged(path, "its size or time of change is not what was registered")
+    return CorruptCheckpoint(path, f"the chunk at byte {offset} does not have the digest that was registered")
+
+
+class Reading:
+    """Made by `Pool.read`. Its chunks stay allocated, whether the load succeeds or not, until it is closed.
+
+    Consumers get `pool_fd` and `board_fd`; both stay this side's. Methods may be called from any thread, the
+    coroutines from one event loop.
+    """
+
+    def __init__(self, pool: Pool, load: _native.Load, chunks: Sequence[int], plan: ReadPlan, directory: Path) -> None:
+        self._pool, self._load, self._plan, self._directory = pool, load, plan, directory
+        self._board = load.board
+        self._chunks = tuple(chunks)
+        self._closing = threading.Lock()
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._verifiers: list[threading.Thread] = []
+
+    @property
+    def pool_fd(self) -> int:
+        return self._pool.reader_fd
+
+    @property
+    def board_fd(self) -> int:
+        return self._board.fileno()
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Of the pool; none any more once closed."""
+        return self._chunks
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file so far was read past the page cache."""
+        return self._load.direct
+
+    @property
+    def done(self) -> bool:
+        """Whether everything was read and, if asked for, verified."""
+        return self._board.state == _native.DONE
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes read, of how many."""
+        return min(self._load.read_bytes, self._plan.read_bytes), self._plan.read_bytes
+
+    async def wait(self) -> None:
+        """Until it is done. A load through a window also waits for its consumer.
+
+        Raises ReadFailed, CheckpointChanged, CorruptCheckpoint or LoadCancelled, as it ended.
+        """
+        loop, fd = asyncio.get_running_loop(), self._load.fileno()
+        while self._board.state == _native.LOADING:
+            if not self._waiters:
+                loop.add_reader(fd, self._wake)
+            waiter = loop.create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
+                if not self._waiters:
+                    loop.remove_reader(fd)
+        self._check()
+
+    def wait_blocking(self, timeout_s: float) -> bool:
+        """As `wait`. False: it is still loading after that time."""
+        if not self._joined(timeout_s):
+            return False
+        self._check()
+        return True
+
+    def cancel(self) -> None:
+        """Begin no further read. No-op once the load has ended."""
+        self._load.cancel()
+
+    def close(self) -> None:
+        """Cancel it if it is loading, wait for reads in flight, and give the chunks back. Idempotent.
+
+        Consumers must have let go of them. Raises ReadFailed if the disk does not answer within CLOSE_S; the chunks,
+        which it may still write to, then stay allocated until the next attempt.
+        """
+        self._load.cancel()
+        with self._closing:
+            if not self._joined(CLOSE_S):
+                raise ReadFailed(str(self._directory), 0, errno.ETIMEDOUT)
+            for thread in self._verifiers:
+                thread.join()
+            chunks, self._chunks = self._chunks, ()
+            self._pool.free(self, chunks)
+
+    async def aclose(self) -> None:
+        """`close` in a thread. A caller who is cancelled does not stop it."""
+        await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self.close)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def verify(self, shards: Sequence[Shard]) -> None:
+        """Check what was read (a load that holds) against the digests of `shards`, the plan's, in threads of its own."""
+        for number in range(VERIFY_THREADS):
+            thread = threading.Thread(
+                target=verify_chunks,
+                args=(self._load, self._plan, shards, self._board.table, self._pool.chunk),
+                name=f"verify-{number}",
+                daemon=True,  # of a load that nobody closes: it must not keep the process alive
+            )
+            self._verifiers.append(thread)
+            thread.start()
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._load.fileno())
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _joined(self, timeout_s: float) -> bool:
+        # In slices: a signal handler must not wait for a disk.
+        deadline_s = time.monotonic() + timeout_s
+        while not self._load.join(max(0.0, min(_POLL_S, deadline_s - time.monotonic()))):
+            if time.monotonic() >= deadline_s:
+                return False
+        return True
+
+    def _check(self) -> None:
+        if not self.done:
+            raise load_error(self._board, self._plan, self._directory)
+
+
+def verify_chunks(
+    load: _native.Load,
+    plan: ReadPlan,
+    shards: Sequence[Shard],
+    table: Sequence[int],
+    chunk_of: Callable[[int], memoryview],
+) -> None:
+    """Publish every position whose digest is right; the first that is wrong fails the load. Returns when it has ended."""
+    board = load.board
+    try:
+        while board.state == _native.LOADING:
+            position = load.next_read(_POLL_S)
+            if position is None:
+                continue
+            file, chunk = plan.positions[position]
+            offset = chunk * CHUNK_BYTES
+            size = min(CHUNK_BYTES, shards[file].size_bytes - offset)
+            if chunk_digest(chunk_of(table[position])[:size]) == shards[file].digests[chunk]:
+                load.publish(position)
+            else:
+                load.fail(_native.MISMATCH, file, offset, 0)
+    except BaseException:
+        load.cancel()  # nobody else would end it
+        raise

@@ -1,0 +1,133 @@
+"""The node's pool: how large it is, and what is said of its pages once they are there."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_checkpoint.pool import Pool
+from stoker_checkpoint.probe import probe_readers
+from stoker_core.errors import InvalidSettings, StokerError
+from stoker_core.logging import get_logger
+from stoker_core.runner import Part
+from stoker_storeagent.settings import StoreagentSettings
+from stoker_storeagent.threads import in_thread
+
+log = get_logger("pool")
+
+AVAILABLE_SHARE = 4
+CHUNKS_MIN = 2
+LOOK_S = 0.2
+PROBE_CHUNKS = 4
+_CGROUP_FILES = (  # version 2, then 1: limit and use of the container that we are in
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def open_pool(settings: StoreagentSettings) -> Pool:
+    """The pool that settings ask for. Returns at once: its pages come in the background.
+
+    Raises InvalidSettings if it would be too small, NativeUnavailable if the kernel refuses it.
+    """
+    size_bytes = settings.pool_bytes or available_bytes() // AVAILABLE_SHARE
+    if size_bytes < CHUNKS_MIN * CHUNK_BYTES:
+        raise InvalidSettings(
+            f"STOKER_STOREAGENT_POOL_BYTES: {size_bytes} bytes are too few; the pool needs {CHUNKS_MIN * CHUNK_BYTES}"
+        )
+    return Pool(
+        size_bytes,
+        huge=settings.pool_huge,
+        lock=settings.pool_lock,
+        fault_threads=settings.pool_fault_threads,
+        reader=settings.reader,
+    )
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without making others give theirs up: of the machine, or of our container if that has less."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for limit, used in _CGROUP_FILES:
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return max(available, 0)
+
+
+def pool_part(pool: Pool, ssd_root: Path, *, probe: bool) -> Part:
+    """Says in the log when the pool is warm, and what the kernel refused.
+
+    probe: then measure which engine reads this disk faster, on a file below `ssd_root` if one is large enough.
+    """
+
+    async def run() -> None:
+        await _warm(pool)
+        if probe:
+            await in_thread(partial(_probe, pool, ssd_root), threading.Event())
+        await asyncio.Event().wait()
+
+    return Part("pool", run)
+
+
+async def _warm(pool: Pool) -> None:
+    began_s = time.monotonic()
+    status = pool.status()
+    log.info("pool_open", bytes=status.total_bytes, reader=status.reader, reader_reason=status.reader_reason)
+    while not await in_thread(partial(pool.wait_warm, LOOK_S), threading.Event()):
+        pass
+    status = pool.status()
+    log.info(
+        "pool_warm",
+        bytes=status.warm_bytes,
+        huge_bytes=status.huge_bytes,
+        locked_bytes=status.locked_bytes,
+        pages=status.pages,
+        duration_ms=round((time.monotonic() - began_s) * 1000),
+    )
+    if status.lock_errno:
+        log.warning("pool_not_locked", **_lock_refusal(status.lock_errno, status.total_bytes))
+    if status.collapse_errno:
+        log.warning(
+            "pool_pages_small",
+            error=os.strerror(status.collapse_errno),
+            huge_bytes=status.huge_bytes,
+            bytes=status.total_bytes,
+            hint="first use of weights will be slower; reserve huge pages (vm.nr_hugepages) or allow shmem ones",
+        )
+
+
+def _probe(pool: Pool, ssd_root: Path) -> None:
+    try:
+        size_bytes, path = max((file.stat().st_size, file) for file in ssd_root.glob("[!.]*/*.safetensors"))
+        if size_bytes < PROBE_CHUNKS * CHUNK_BYTES:
+            return
+        result = probe_readers(path, chunks=PROBE_CHUNKS)
+    except ValueError:  # nothing there
+        return
+    except (OSError, StokerError) as error:
+        log.warning("readers_not_probed", error=str(error))
+        return
+    pool.use(result)
+    rates = {f"{engine}_bytes_per_s": round(rate) for engine, rate in result.bytes_per_s.items()}
+    log.info("readers_probed", faster=result.faster, direct=result.direct, **rates)
+
+
+def _lock_refusal(number: int, size_bytes: int) -> dict[str, str | int]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    shown = {limit: "unlimited" if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard)}
+    why: dict[str, str | int] = {"error": os.strerror(number), "rlimit_memlock": shown[soft]}
+    if number in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
+        why["hint"] = (
+            f"the pool may be swapped out; raise RLIMIT_MEMLOCK (now {shown[soft]}, at most {shown[hard]} bytes) to "
+            f"{size_bytes} (ulimit -l, LimitMEMLOCK=), grant CAP_IPC_LOCK, or set STOKER_STOREAGENT_POOL_LOCK=false"
+        )
+    return why

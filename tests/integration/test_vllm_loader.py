@@ -1,0 +1,287 @@
+"""vLLM's load format `stoker`: the same model as vLLM's own loader, from a leased pool and from one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from tests.support.lent import OTHER_BYTES, abandoned, lent
+from tests.support.stack import DEMO_CACHE
+from tests.support.tiny_model import write_safetensors, write_tiny_model
+from tests.support.vllm_tokens import TOKENS, Case, outcomes
+
+from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_core.errors import InvalidSettings, LoadCancelled, RefusedCheckpoint
+
+PROMPTS = ((1, 5, 6, 7), (300,), (11, 400, 12, 33, 2, 17), tuple(range(3, 60)))
+WAIT_S = 60.0
+MIB = 1 << 20
+
+
+def same_tokens(cache: Path, directory: Path, *more: dict[str, int]) -> None:
+    """Assert that every way to load `directory` gives the tokens that vLLM's own loader gives.
+
+    The leased pool is overwritten as soon as `load_weights` has ended.  more: options, a case each.
+    """
+
+    def case(load_format: str, options: dict[str, int]) -> Case:
+        return Case(path=str(directory), load_format=load_format, prompts=PROMPTS, options=options)
+
+    with lent(directory) as given, given.ended_when_used_elsewhere():
+        cases = [case("safetensors", {}), case("stoker", given.options), *(case("stoker", options) for options in more)]
+        own, *ours = outcomes(cache, cases, pass_fds=given.options.values())
+    assert own.error == ""
+    assert [len(tokens) for tokens in own.tokens] == [TOKENS] * len(PROMPTS)
+    for outcome in ours:
+        assert outcome.error == ""
+        assert outcome.tokens == own.tokens
+    print(f"load_weights: safetensors {own.load_ms:.0f} ms, stoker {[round(o.load_ms) for o in ours]} ms")
+
+
+@pytest.mark.timeout(300)
+def test_a_tiny_model_says_the_same_through_every_way_to_load_it(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "model", shards=6, layers=3, dtype="float32", tokenizer=False)
+    same_tokens(tmp_path / "cache", directory, {}, {"pool_bytes": 4 * CHUNK_BYTES})
+
+
+@pytest.mark.timeout(300)
+def test_tensor_parallel_ranks_share_one_read_and_slice_it(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "model", hidden=128, shards=2, dtype="float32", tokenizer=False)
+    with lent(directory) as given:
+        one = Case(path=str(directory), load_format="safetensors", prompts=PROMPTS)
+        two = Case(path=str(directory), load_format="stoker", prompts=PROMPTS, options=given.options, ranks=2)
+        own, shared = outcomes(tmp_path / "cache", [one, two], pass_fds=given.options.values())
+    assert (own.error, shared.error) == ("", "")
+    assert shared.tokens == own.tokens
+
+
+@pytest.mark.skipif(not list(DEMO_CACHE.glob("demo-*/smollm2-135m")), reason="the demo model was never made here")
+@pytest.mark.timeout(300)
+def test_smollm2_says_the_same_as_with_vllms_own_loader(tmp_path: Path) -> None:
+    same_tokens(tmp_path / "cache", next(DEMO_CACHE.glob("demo-*/smollm2-135m")))
+
+
+def test_importing_the_plug_in_imports_neither_vllm_nor_torch() -> None:
+    program = "import sys, stoker_checkpoint.vllm_loader; sys.exit(bool({'vllm', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=WAIT_S).returncode == 0
+
+
+# Below: the loader itself, on modules that are no vLLM model.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def offline() -> Iterator[None]:
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with mock.patch.dict(os.environ, environment):
+        yield
+
+
+@pytest.fixture
+def vllm_config() -> Iterator[Any]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from stoker_checkpoint.vllm_loader import register
+
+    register()
+    register()
+    with set_current_vllm_config(VllmConfig()) as config:
+        yield config
+
+
+def loader_of(load_config: Any) -> Any:
+    from vllm.model_executor.model_loader import get_model_loader
+
+    return get_model_loader(load_config)
+
+
+def load_config(options: dict[str, Any]) -> Any:
+    from vllm.config.load import LoadConfig
+
+    return LoadConfig(load_format="stoker", model_loader_extra_config=options)
+
+
+def model_config(directory: Path) -> Any:
+    return SimpleNamespace(model=str(directory), revision=None, quantization=None, multimodal_config=None, is_moe=False)
+
+
+def keeper(names: set[str] | None = None) -> Any:
+    """A module that keeps every tensor it is given, itself or sliced, and says it loaded `names` (None: all)."""
+    import torch
+
+    class Keeper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[str, torch.Tensor] = {}
+            self.iterator: Any = None
+
+        def load_weights(self, weights: Any) -> set[str]:
+            self.iterator = weights
+            for name, tensor in weights:
+                self.kept[name] = tensor[1:, ::2] if name.startswith("sliced") else tensor
+            return set(self.kept) if names is None else names
+
+    return Keeper()
+
+
+def arrays() -> dict[str, np.ndarray[Any, Any]]:
+    generator = np.random.default_rng(3)
+    shapes = {"a": (300, 700), "sliced.b": (64, 64), "c.experts.0.weight": (8,), "c.experts.1.weight": (8,), "d": (5,)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    encoded = {name: ("F32", array.shape, array.tobytes()) for name, array in arrays().items()}
+    write_safetensors(tmp_path / "model.safetensors", encoded)
+    return tmp_path
+
+
+def expected(name: str) -> np.ndarray[Any, Any]:
+    array = arrays()[name]
+    return array[1:, ::2] if name.startswith("sliced") else array
+
+
+def test_tensors_that_a_model_keeps_stay_as_they_are_when_the_pool_is_used_for_others(
+    vllm_config: Any, directory: Path
+) -> None:
+    model = keeper()
+    with lent(directory) as given:
+        loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        given.end()
+        assert set(model.kept) == set(arrays())
+        for name, tensor in model.kept.items():
+            np.testing.assert_array_equal(tensor.numpy(), expected(name), strict=True, err_msg=name)
+
+
+def test_a_load_is_reported_once_nothing_reads_from_the_lease_any_more(vllm_config: Any, directory: Path) -> None:
+    from stoker_checkpoint.vllm_loader import when_loaded
+
+    model, reported = keeper(), []
+    with lent(directory) as given:
+
+        def loaded(load_ms: float) -> None:
+            reported.append(load_ms)
+            given.end()
+
+        with when_loaded(loaded):
+            loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        assert len(reported) == 1
+        np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
+
+
+def test_a_pool_of_its_own_goes_with_the_load(vllm_config: Any, directory: Path) -> None:
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    model = keeper()
+    loader_of(load_config({})).load_weights(model, model_config(directory))  # imports and thread pools are paid
+    before = held()
+    loader = loader_of(load_config({}))
+    loader.load_weights(model, model_config(directory))
+    assert held() == before
+    np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
+
+
+def test_a_reload_reads_the_directory_once_the_lease_was_used(vllm_config: Any, directory: Path) -> None:
+    config = load_config({})
+    with lent(directory) as given:
+        config.model_loader_extra_config = given.options
+        loader_of(config).load_weights(keeper(), model_config(directory))
+        given.end()
+        model = keeper()
+        again = loader_of(config).get_all_weights(model_config(directory), model)
+        model.load_weights(again)
+    for name, tensor in model.kept.items():
+        np.testing.assert_array_equal(tensor.numpy(), expected(name), strict=True, err_msg=name)
+
+
+def test_a_reload_takes_what_is_leased_while_it_is(vllm_config: Any, directory: Path) -> None:
+    model = keeper()
+    with lent(directory) as given:
+        given.end()  # only who reads the pool sees other bytes
+        model.load_weights(loader_of(load_config(given.options)).get_all_weights(model_config(directory), model))
+    assert set(model.kept["a"].numpy().tobytes()) == set(OTHER_BYTES)
+
+
+def test_weights_that_the_checkpoint_lacks_are_an_error(vllm_config: Any, directory: Path) -> None:
+    import torch
+
+    model = keeper()
+    model.missing = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="missing"):
+        loader_of(load_config({})).load_weights(model, model_config(directory))
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_weights_that_a_model_or_a_rank_does_not_use_are_left_out(
+    vllm_config: Any, directory: Path, leased: bool
+) -> None:
+    model = keeper()
+    model.is_unused_checkpoint_weight = lambda name: name == "d"
+    with lent(directory) as given:
+        loader = loader_of(load_config(given.options if leased else {}))
+        loader.local_expert_ids = {1}
+        loader.load_weights(model, model_config(directory))
+    assert set(model.kept) == {"a", "sliced.b", "c.experts.1.weight"}
+    np.testing.assert_array_equal(model.kept["c.experts.1.weight"].numpy(), expected("c.experts.1.weight"))
+
+
+def test_further_checkpoints_of_a_model_are_read_from_their_own_directories(
+    vllm_config: Any, directory: Path, tmp_path: Path
+) -> None:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    write_safetensors(tower / "model.safetensors", {"w": ("F32", (2,), np.array([1, 2], np.float32).tobytes())})
+    model = keeper()
+    model.secondary_weights = [DefaultModelLoader.Source(str(tower), None, prefix="tower.")]
+    with lent(directory) as given:
+        loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        given.end()
+    assert set(model.kept) == {*arrays(), "tower.w"}
+    assert model.kept["tower.w"].tolist() == [1.0, 2.0]
+    np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
+
+
+def test_files_of_a_models_own_choice_are_refused(vllm_config: Any, directory: Path) -> None:
+    model = keeper()
+    model.allow_patterns_overrides = ["vae/*.safetensors"]
+    with pytest.raises(RefusedCheckpoint, match="vae"):
+        loader_of(load_config({})).load_weights(model, model_config(directory))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_threads": 4},
+        {"pool_bytes": -1},
+        {"pool_bytes": "many"},
+        {"pool_fd": 3},
+        {"pool_fd": 3, "board_fd": 4, "lease_fd": 5, "pool_bytes": 1},
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_by_name(vllm_config: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSettings, match=next(iter(options))):
+        loader_of(load_config(options))
+
+
+def test_a_load_goes_on_without_its_agent_if_all_was_read(vllm_config: Any, directory: Path) -> None:
+    model = keeper()
+    with lent(directory) as given:
+        given.agent.close()
+        loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
+
+
+def test_a_load_whose_agent_dies_before_all_was_read_ends(vllm_config: Any, directory: Path) -> None:
+    with abandoned(directory) as given, pytest.raises(LoadCancelled):
+        loader_of(load_config(given.options)).load_weights(keeper(), model_config(directory))

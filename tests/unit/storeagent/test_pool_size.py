@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_core.errors import InvalidSettings
+from stoker_core.settings import load
+from stoker_storeagent.adapters import pool
+from stoker_storeagent.adapters.pool import available_bytes, open_pool
+from stoker_storeagent.settings import StoreagentSettings
+
+
+def settings(**keys: object) -> StoreagentSettings:
+    quiet = {"POOL_LOCK": "false", "POOL_HUGE": "none"}
+    return load(StoreagentSettings, {f"STOKER_STOREAGENT_{key}": str(value) for key, value in (quiet | keys).items()})
+
+
+def test_a_pool_takes_a_quarter_of_what_is_available_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "available_bytes", lambda: 4 * (3 * CHUNK_BYTES + 5))
+    with open_pool(settings()) as made:
+        assert made.status().total_bytes == 3 * CHUNK_BYTES
+
+
+def test_a_pool_has_the_size_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "available_bytes", lambda: 0)
+    with open_pool(settings(POOL_BYTES=2 * CHUNK_BYTES)) as made:
+        assert made.status().total_bytes == 2 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("size_bytes", [1, 2 * CHUNK_BYTES - 1])
+def test_a_pool_that_would_be_too_small_is_refused_by_the_name_of_its_setting(size_bytes: int) -> None:
+    with pytest.raises(InvalidSettings, match="STOKER_STOREAGENT_POOL_BYTES"):
+        open_pool(settings(POOL_BYTES=size_bytes))
+
+
+def test_a_container_with_less_memory_than_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_CGROUP_FILES", ())
+    whole = available_bytes()
+    limit, used = tmp_path / "max", tmp_path / "current"
+    limit.write_text(f"{whole // 2}\n")
+    used.write_text(f"{whole // 4}\n")
+    monkeypatch.setattr(pool, "_CGROUP_FILES", ((str(tmp_path / "gone"), str(used)), (str(limit), str(used))))
+    assert available_bytes() == whole // 2 - whole // 4
+    limit.write_text("max\n")
+    assert available_bytes() > whole // 2
