@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.integration.test_storeagent_pool import write_model
 from tests.support.lease_client import lease_client
 from tests.support.postgres_server import RestartableServer
 from tests.support.services import ServiceProcess, eventually, running
+from tests.support.storeagent_rig import POOL_CHUNKS
 from tests.support.tiny_model import write_tiny_model
 
 from stoker_bus.nats import NatsBus
@@ -23,8 +26,10 @@ from stoker_contracts.codec import decode, encode
 from stoker_contracts.control import Failed, Registered, RegisterModel, RegisterReply, StoreStatus
 from stoker_contracts.models import Tier
 from stoker_contracts.storage import LeaseRequest
-from stoker_core.errors import NoResponders
+from stoker_core.errors import LoadCancelled, NoResponders
 from stoker_db.pg import PgDatabase
+from stoker_worker.engines.sim import SimEngine
+from stoker_worker.instance.lease import Lease
 
 NODE = "node-a"
 
@@ -78,7 +83,7 @@ def environment(nats_url: str, postgres_url: str, tmp_path: Path) -> dict[str, s
         "STOKER_POSTGRES_URL": postgres_url,
         "STOKER_LOG_FORMAT": "json",
         "STOKER_STOREAGENT_METRIC_SAMPLE_S": "0.2",
-        "STOKER_STOREAGENT_POOL_BYTES": str(4 * CHUNK_BYTES),
+        "STOKER_STOREAGENT_POOL_BYTES": str(POOL_CHUNKS * CHUNK_BYTES),
     }
 
 
@@ -271,9 +276,40 @@ async def test_after_kill_9_the_copy_is_adopted_and_the_socket_taken_over(system
     assert len({status.boot_id for status in system.statuses}) == 1
 
 
+async def test_an_agent_killed_in_mid_load_ends_the_load_soon_and_its_successor_serves_the_next(
+    system: System, tmp_path: Path
+) -> None:
+    # Larger than the pool: without the agent this load cannot end.
+    source = write_model(tmp_path / "large", POOL_CHUNKS + 2)
+    reply = await system.register("large", source)
+    assert isinstance(reply, Registered)
+
+    def lease() -> Lease:
+        return Lease(system.socket, model_id=reply.model.model_id, instance_id="i", timeout_s=30.0)
+
+    def started(held: Lease) -> SimEngine:
+        with held:
+            return SimEngine(reply.model, held, step_s=0.0)
+
+    held = await asyncio.to_thread(lease)
+    system.process.process.send_signal(signal.SIGSTOP)  # so that it cannot end before the kill either
+    starting = asyncio.create_task(asyncio.to_thread(started, held))
+    os.waitid(os.P_PID, system.process.pid, os.WSTOPPED)
+    system.process.kill()
+    with pytest.raises(LoadCancelled):
+        async with asyncio.timeout(5):
+            await starting
+
+    with running("stoker_storeagent", system.environment, system.log):
+        engine = await asyncio.to_thread(lambda: started(lease()))
+        assert engine.load_ms > 0
+
+
 async def test_a_second_agent_of_the_same_node_does_not_start(system: System, tmp_path: Path) -> None:
     await eventually(lambda: bool(system.statuses), what="the first agent")
-    with running("stoker_storeagent", system.environment, tmp_path / "second") as second:
+    # No pool can be made of this, nor is one: the first thing is to find out that the node has an agent.
+    environment = system.environment | {"STOKER_STOREAGENT_POOL_BYTES": "1"}
+    with running("stoker_storeagent", environment, tmp_path / "second") as second:
         assert await asyncio.to_thread(second.process.wait, 30) == 1
         assert "another storage agent listens" in second.log_text()
     assert system.process.process.poll() is None

@@ -13,12 +13,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from tests.support.fake_cuda import StandInMemory, processes
 from tests.support.lent import OTHER_BYTES, abandoned, lent
 from tests.support.stack import DEMO_CACHE
 from tests.support.tiny_model import write_safetensors, write_tiny_model
 from tests.support.vllm_tokens import TOKENS, Case, outcomes
 
-from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_checkpoint.open import open_checkpoint
+from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
 from stoker_core.errors import InvalidSettings, LoadCancelled, RefusedCheckpoint
 
 PROMPTS = ((1, 5, 6, 7), (300,), (11, 400, 12, 33, 2, 17), tuple(range(3, 60)))
@@ -267,6 +269,9 @@ def test_files_of_a_models_own_choice_are_refused(vllm_config: Any, directory: P
         {"pool_bytes": "many"},
         {"pool_fd": 3},
         {"pool_fd": 3, "board_fd": 4, "lease_fd": 5, "pool_bytes": 1},
+        {"ring_fd": 6, "ring_board_fd": 7},
+        {"ring_fd": 6, "pool_fd": 3, "board_fd": 4, "lease_fd": 5},
+        {"ring_board_fd": 7, "pool_fd": 3, "board_fd": 4, "lease_fd": 5},
     ],
 )
 def test_options_that_cannot_be_used_are_refused_by_name(vllm_config: Any, options: dict[str, Any]) -> None:
@@ -285,3 +290,41 @@ def test_a_load_goes_on_without_its_agent_if_all_was_read(vllm_config: Any, dire
 def test_a_load_whose_agent_dies_before_all_was_read_ends(vllm_config: Any, directory: Path) -> None:
     with abandoned(directory) as given, pytest.raises(LoadCancelled):
         loader_of(load_config(given.options)).load_weights(keeper(), model_config(directory))
+
+
+def by_ring(directory: Path) -> None:
+    """Runs where libcuda is the stand-in, and its device's memory this process's own."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from stoker_checkpoint import _native, device_ring
+    from stoker_checkpoint.vllm_loader import register
+
+    register()
+    memory, model, devices = StandInMemory(), keeper(), []
+    with lent(directory) as given, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        patch.setattr(device_ring, "CudaMemory", lambda device: (devices.append(device), memory)[1])
+        ring = _native.DeviceRing(1, 3)
+        board = _native.Board.open(given.board_fd)
+        spans = device_ring.spans_of(plan_reads(open_checkpoint(directory)))
+        feeder = _native.Feeder(ring, board, given.pool.native, spans)
+        options = given.options | {"ring_fd": ring.fileno(), "ring_board_fd": feeder.board_fd}
+        with set_current_vllm_config(VllmConfig()):
+            loader_of(load_config(options)).load_weights(model, model_config(directory))
+        given.end()
+        del feeder, ring
+    memory.mark().synchronize()
+    assert devices == [1]
+    assert memory.lent, "they lie in the ring"
+    assert set(model.kept) == set(arrays())
+    for name, tensor in model.kept.items():
+        np.testing.assert_array_equal(tensor.numpy(), expected(name), strict=True, err_msg=name)
+
+
+@pytest.mark.timeout(120)
+def test_weights_of_a_lease_with_a_ring_come_through_it_and_stay_when_it_has_ended(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with processes(tmp_path_factory.mktemp("driver")) as make:
+        make()(by_ring, directory).result(WAIT_S)

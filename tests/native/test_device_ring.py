@@ -5,91 +5,33 @@ What needs the stand-in runs in processes of its own, where LD_LIBRARY_PATH lead
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.support.fake_cuda import StandInMemory, Submit, fake_cuda, processes, same
 
 from stoker_checkpoint import _native
-from stoker_checkpoint.device_ring import DeviceCheckpoint, open_ring, spans_of
+from stoker_checkpoint.device_ring import DeviceCheckpoint, open_ring, ordinal_of, spans_of
 from stoker_checkpoint.header import DTYPE_BITS, TensorRef
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, ReadPlan, plan_reads
 from stoker_checkpoint.reference import read_reference
 from stoker_core.errors import CorruptCheckpoint, InvalidMessage, InvalidRequest, LoadCancelled, NativeUnavailable
 
-FAKE_CUDA = Path(__file__).parents[2] / "libs/checkpoint/csrc/tests/fake_cuda.cpp"
 BOUND_S = 30.0
 MIB = 2**20
-
-
-class StandInMemory:
-    """The stand-in's device memory is this process's own. One stream, which lags: what is asked of it happens when
-    somebody waits for it, or asks and is lucky. It does not keep tensors alive."""
-
-    def __init__(self, seed: int = 0, luck: float = 0.3) -> None:
-        self._random, self._luck = random.Random(seed), luck
-        self._queue: deque[tuple[int, int, int]] = deque()
-        self._asked = self.done = 0
-        self._owned: list[torch.Tensor] = []
-        self.lent: list[int] = []  # addresses
-
-    def empty(self, size_bytes: int) -> torch.Tensor:
-        # Kept, as the allocator of a real stream gives no memory away that the stream still uses.
-        self._owned.append(torch.full((size_bytes,), 0xEE, dtype=torch.uint8))
-        return self._owned[-1]
-
-    def view(self, address: int, size_bytes: int, owner: object) -> torch.Tensor:
-        array = (ctypes.c_ubyte * size_bytes).from_address(address)
-        array.owner = owner  # type: ignore[attr-defined]
-        if not isinstance(owner, _native.DeviceRingView):
-            self.lent.append(address)
-        return torch.frombuffer(array, dtype=torch.uint8)
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._queue.append((target.data_ptr(), source.data_ptr(), source.nbytes))
-        self._asked += 1
-
-    def mark(self) -> StandInMark:
-        return StandInMark(self, self._asked)
-
-    def is_lucky(self) -> bool:
-        return self._random.random() < self._luck
-
-    def run(self, until: int) -> None:
-        while self.done < until:
-            ctypes.memmove(*self._queue.popleft())
-            self.done += 1
-
-
-class StandInMark:
-    def __init__(self, memory: StandInMemory, until: int) -> None:
-        self._memory, self._until = memory, until
-
-    def query(self) -> bool:
-        if self._memory.is_lucky():
-            self.synchronize()
-        return self._memory.done >= self._until
-
-    def synchronize(self) -> None:
-        self._memory.run(self._until)
 
 
 class Producer:
@@ -150,13 +92,6 @@ def producing(directory: Path, **options: Any) -> Iterator[Producer]:
         producer.close()
 
 
-def same(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Also where bytes make no number."""
-    if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
-        return False
-    return torch.equal(tensor.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
-
-
 def consume(
     checkpoint: DeviceCheckpoint, memory: StandInMemory, keep: Callable[[], bool]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -209,33 +144,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a libcuda.so.1."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("driver")
-    library = folder / "libcuda.so.1"
-    subprocess.run(["g++", "-std=c++20", "-O1", "-fPIC", "-shared", FAKE_CUDA, "-o", library], check=True, timeout=100)
-    return folder
-
-
-Submit = Callable[..., "Future[Any]"]
-
-
-@pytest.fixture(scope="module")
-def new_process(fake_driver: Path) -> Iterator[Callable[[], Submit]]:
-    """Makes processes that find the stand-in; each runs the functions submitted to it, in order."""
-    processes: list[ProcessPoolExecutor] = []
-
-    def make() -> Submit:
-        processes.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-        return processes[-1].submit
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LD_LIBRARY_PATH", str(fake_driver))
+def new_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Submit]]:
+    with processes(tmp_path_factory.mktemp("driver")) as make:
         yield make
-    for process in processes:
-        process.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +154,6 @@ def run(new_process: Callable[[], Submit]) -> Callable[..., Any]:
     """Runs a function in one such process."""
     submit = new_process()
     return lambda function, *arguments: submit(function, *arguments).result(BOUND_S * 2)
-
-
-def fake_cuda() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 # Functions called by_… run in such a process.
@@ -449,6 +356,22 @@ def test_a_killed_consumer_leaves_every_chunk_free(
     with pytest.raises(BrokenProcessPool):
         new_process()(die_in_the_middle, directory, tmp_path / "socket").result(BOUND_S)
     assert served.result(BOUND_S) < len(plan_reads(open_checkpoint(directory)).positions)
+
+
+def test_a_device_is_found_by_the_name_that_nvml_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "cuda_devices", lambda: [bytes(16), bytes(range(0xF0, 0x100))])
+    assert ordinal_of("GPU-f0f1f2f3-f4f5-f6f7-f8f9-fafbfcfdfeff") == 1
+    with pytest.raises(NativeUnavailable, match="GPU-elsewhere"):
+        ordinal_of("GPU-elsewhere")
+
+
+def test_without_a_driver_no_device_is_found_and_the_error_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> list[bytes]:
+        raise RuntimeError("no CUDA driver: libcuda.so.1")
+
+    monkeypatch.setattr(_native, "cuda_devices", refused)
+    with pytest.raises(NativeUnavailable, match="no CUDA driver"):
+        ordinal_of("GPU-1")
 
 
 def test_spans_hold_all_that_is_read_of_a_chunk() -> None:

@@ -61,9 +61,21 @@ def replace_by_directory(path: Path) -> None:
     path.mkdir()
 
 
+def replace_by_what_never_ends(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], type[StokerError], str]] = {
     "removed": (Path.unlink, ReadFailed, "No such file"),
     "a directory": (replace_by_directory, ReadFailed, "directory"),
+    "a FIFO": (replace_by_fifo, ReadFailed, "Invalid argument"),
+    "a device": (replace_by_what_never_ends, ReadFailed, "Invalid argument"),
     "truncated": (cut, CorruptCheckpoint, f"ends at byte {CHUNK_BYTES + 12_345}"),
     "grown": (grow, CheckpointChanged, "size or time"),
     "written to": (overwrite, CheckpointChanged, "size or time"),
@@ -123,7 +135,7 @@ def test_a_fault_in_one_load_is_no_fault_in_another(pool: Pool, tmp_path: Path) 
             failing.wait(30)
 
 
-@pytest.mark.parametrize("spoil", [cut, grow, overwrite])
+@pytest.mark.parametrize("spoil", [cut, grow, overwrite, replace_by_what_never_ends, replace_by_fifo])
 def test_digests_are_made_of_the_registered_file_only(model: Path, spoil: Callable[[Path], None]) -> None:
     manifest = open_checkpoint(model)
     spoil(model / SECOND)

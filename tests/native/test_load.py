@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.checkpoints import (
     TensorSpec,
     assert_same,
     checkpoint_specs,
+    plain_checkpoint,
     same,
     write_checkpoint,
 )
@@ -27,7 +29,7 @@ from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
 from stoker_checkpoint.pool import Engine, Pool
 from stoker_checkpoint.reference import read_reference
-from stoker_core.errors import InvalidRequest, LoadCancelled, RefusedCheckpoint
+from stoker_core.errors import InvalidRequest, LoadCancelled, ReadFailed, RefusedCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,32 @@ def test_a_load_through_a_window_can_be_taken_once_and_in_order(pool: Pool, mode
             next(loaded.tensors())
         with pytest.raises(InvalidRequest, match="once"):
             loaded.touch()
+
+
+def test_a_second_consumer_of_a_window_is_told_and_gets_no_wrong_bytes(pool: Pool, model: Path) -> None:
+    manifest = open_checkpoint(model)
+    plan = plan_reads(manifest)
+    expected = read_reference(manifest, model)
+    with pool.read(plan, manifest, model, window_chunks=1) as reading:
+
+        def consumer() -> LoadedCheckpoint:
+            return attach(manifest, plan, reading.pool_fd, reading.board_fd, directory=model)
+
+        with consumer() as first, consumer() as second:
+            assert_same(dict(first.tensors()), expected)
+            with pytest.raises(InvalidRequest, match="another"):
+                dict(second.tensors())
+
+
+def test_a_directory_whose_name_is_no_utf_8_can_be_loaded(pool: Pool, tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"mod\xe9l")
+    plain_checkpoint(directory, mib=1)
+    manifest = open_checkpoint(directory)
+    with load(manifest, pool, directory) as loaded:
+        assert_same(dict(loaded.tensors()), read_reference(manifest, directory))
+    (directory / "model.safetensors").unlink()
+    with load(manifest, pool, directory) as loaded, pytest.raises(ReadFailed, match="No such file"):
+        loaded.wait(30)
 
 
 def test_a_tensor_larger_than_the_window_comes_through_it(pool: Pool, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 import gc
 import os
+import resource
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,17 @@ from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
 from stoker_checkpoint.pool import Pool
 from stoker_checkpoint.probe import ProbeResult, probe_readers
+from stoker_checkpoint.reading import Reading
 from stoker_checkpoint.reference import read_reference
-from stoker_core.errors import InvalidMessage, InvalidRequest, InvalidSettings, LoadCancelled, PoolExhausted, ReadFailed
+from stoker_core.errors import (
+    InvalidMessage,
+    InvalidRequest,
+    InvalidSettings,
+    LoadCancelled,
+    NativeUnavailable,
+    PoolExhausted,
+    ReadFailed,
+)
 
 
 def test_both_sides_mean_the_same_chunks() -> None:
@@ -189,6 +202,87 @@ def test_what_is_no_pool_cannot_be_adopted(pool: Pool, model: Path) -> None:
         Pool.adopt(pool.native.fileno(), [POOL_CHUNKS])
     with pytest.raises(InvalidMessage):
         Pool.adopt(-1, [])
+
+
+def test_a_load_whose_verifiers_cannot_start_gives_its_chunks_back(
+    pool: Pool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = digest_manifest(open_checkpoint(model), model)
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def refuse_the_second(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
+    with pytest.raises(NativeUnavailable, match="new thread"):
+        pool.read(plan_reads(manifest), manifest, model, verify=True)
+    assert pool.native.chunks_free == POOL_CHUNKS
+    started[0].join(30)
+    assert not started[0].is_alive()
+
+
+def test_a_load_that_finds_no_descriptor_left_is_refused_and_takes_nothing(pool: Pool, model: Path) -> None:
+    manifest = open_checkpoint(model)
+    with load(manifest, pool, model) as loaded:  # the engine has what it needs from here on
+        loaded.touch()
+    _, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(NativeUnavailable, match="Too many open files"):
+            pool.read(plan_reads(manifest), manifest, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_status_can_be_asked_while_another_thread_begins_to_read(
+    pool: Pool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = open_checkpoint(model)
+    plan_ = plan_reads(manifest, ["0.0"])
+    with ExitStack() as stack, ThreadPoolExecutor(1) as other:
+
+        def begin() -> None:
+            stack.enter_context(pool.read(plan_, manifest, model))
+
+        def direct_while_one_begins(reading: Reading) -> bool:
+            other.submit(begin).result(30)
+            return True
+
+        begin()
+        monkeypatch.setattr(Reading, "direct", property(direct_while_one_begins))
+        assert pool.status().direct
+
+
+def test_other_threads_go_on_while_a_view_is_unmapped(pool: Pool) -> None:
+    chunks = pool.native.allocate(POOL_CHUNKS)
+    assert chunks is not None
+    view = _native.View(pool.reader_fd, chunks)
+    view.touch(0, view.size_bytes)
+    pool.native.free(chunks)
+    turns, done = 0, threading.Event()
+
+    def go_on() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)  # nobody else runs but when the interpreter is let go of
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(go_on)
+            before = turns
+            del view
+            after = turns
+            done.set()
+    finally:
+        sys.setswitchinterval(interval)
+    assert after > before
 
 
 def test_both_engines_are_probed_and_the_faster_one_is_used(model: Path) -> None:

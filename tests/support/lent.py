@@ -26,6 +26,7 @@ class Lent:
     def __init__(self, path: Path, pool: Pool, pool_fd: int, board_fd: int) -> None:
         self.path, self.pool, self.pool_fd, self.board_fd = path, pool, pool_fd, board_fd
         self.agent, self.instance = socket.socketpair()
+        self.ring_fd = self.ring_board_fd = -1
         self.load_ms: float | None = None
 
     def fileno(self) -> int:

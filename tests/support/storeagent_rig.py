@@ -35,6 +35,7 @@ from stoker_core.settings import load
 from stoker_db.memory import MemoryDatabase
 from stoker_storeagent.adapters.pool import open_pool
 from stoker_storeagent.app import assemble
+from stoker_storeagent.leases import listen
 from stoker_storeagent.settings import StoreagentSettings
 
 POOL_CHUNKS = 4
@@ -102,7 +103,8 @@ async def agent(
         store = Agent(made, broker, database or MemoryDatabase(), pool, asyncio.Event())
         await broker.connect().subscribe(subjects.STATUS_STORE_ALL, store.heard)
         await broker.connect().subscribe(subjects.EVENTS_ALL, store.happened)
-        parts = await assemble(made, broker.connect(), store.database, pool, SystemClock(), SequentialIds())
+        listener = listen(made.socket_path)
+        parts = await assemble(made, listener, broker.connect(), store.database, pool, SystemClock(), SequentialIds())
         running = asyncio.create_task(run_parts(parts, store.stop, drain_s=drain_s))
         try:
             await eventually(lambda: bool(store.statuses), what="a first status")

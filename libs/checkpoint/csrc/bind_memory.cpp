@@ -7,6 +7,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -47,6 +49,20 @@ template <typename Exporter>
 PyType_Slot buffer_slots[] = {
     {Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer<Exporter>)},
     {0, nullptr},
+};
+
+/// Unmapping a large model takes long: others may run meanwhile, whoever drops the last reference.
+struct PyView {
+    PyView(int pool_fd, std::span<const std::uint32_t> table) : view(std::make_unique<View>(pool_fd, table)) {}
+    ~PyView() {
+        const nb::gil_scoped_release unlocked;
+        view.reset();
+    }
+
+    std::byte* data() const { return view->data(); }
+    std::size_t size() const { return view->size(); }
+
+    std::unique_ptr<View> view;
 };
 
 Huge huge_of(const std::string& name) {
@@ -139,6 +155,7 @@ void bind_board(nb::module_& module) {
         .def_prop_ro("window", &Board::window)
         .def_prop_ro("table", &Board::table)
         .def_prop_ro("ready_count", &Board::ready_count)
+        .def_prop_ro("released", &Board::released)
         .def_prop_ro("state", [](const Board& self) { return static_cast<std::uint32_t>(self.state()); })
         .def("is_ready", &Board::is_ready, "position"_a)
         .def("wait", &Board::wait, "position"_a, "timeout_s"_a, Unlocked())
@@ -147,15 +164,21 @@ void bind_board(nb::module_& module) {
 }
 
 void bind_view(nb::module_& module) {
-    const auto create = [](View* self, int pool_fd, const std::vector<std::uint32_t>& table) {
-        new (self) View(pool_fd, table);
+    const auto create = [](PyView* self, int pool_fd, const std::vector<std::uint32_t>& table) {
+        new (self) PyView(pool_fd, table);
     };
-    nb::class_<View>(module, "View", nb::type_slots(buffer_slots<View>), nb::is_weak_referenceable())
+    const auto touch = [](const PyView& self, std::size_t offset, std::size_t size) {
+        return self.view->touch(offset, size);
+    };
+    const auto privatise = [](const PyView& self, std::size_t offset, std::size_t size) {
+        self.view->privatise(offset, size);
+    };
+    nb::class_<PyView>(module, "View", nb::type_slots(buffer_slots<PyView>), nb::is_weak_referenceable())
         .def("__init__", create, "pool_fd"_a, "table"_a)
-        .def_prop_ro("size_bytes", &View::size)
-        .def_prop_ro("address", [](const View& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
-        .def("touch", &View::touch, "offset"_a, "size"_a, Unlocked())
-        .def("privatise", &View::privatise, "offset"_a, "size"_a, Unlocked());
+        .def_prop_ro("size_bytes", &PyView::size)
+        .def_prop_ro("address", [](const PyView& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
+        .def("touch", touch, "offset"_a, "size"_a, Unlocked())
+        .def("privatise", privatise, "offset"_a, "size"_a, Unlocked());
 }
 
 }  // namespace

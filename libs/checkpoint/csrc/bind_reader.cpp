@@ -1,5 +1,6 @@
 // Reader and Load as Python sees them. bind_memory.cpp binds what they share and turns std::system_error into OSError.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -8,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -75,13 +77,17 @@ struct PyReader {
     OfThisProcess<Reader> reader;
 };
 
-using Files = std::vector<std::tuple<std::string, std::uint64_t, std::int64_t>>;
+using Files = std::vector<std::tuple<std::filesystem::path, std::uint64_t, std::int64_t>>;  // it need not be UTF-8
 using Extents = std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint64_t, std::uint64_t>>;
 
 std::unique_ptr<PyLoad> start(PyReader& self, Files files, const Extents& extents, std::vector<std::uint32_t> table,
                               std::uint32_t window, bool hold, int priority) {
     const nb::gil_scoped_release unlocked;
-    LoadSpec spec{.files = {}, .extents = {}, .table = std::move(table), .window = window, .hold = hold, .priority = priority};
+    LoadSpec spec;
+    spec.table = std::move(table);
+    spec.window = window;
+    spec.hold = hold;
+    spec.priority = priority;
     for (auto& [path, size_bytes, mtime_ns] : files) {
         if (size_bytes > std::numeric_limits<std::int64_t>::max()) throw std::invalid_argument("no file is so large");
         spec.files.push_back({std::move(path), size_bytes, mtime_ns});
@@ -91,25 +97,28 @@ std::unique_ptr<PyLoad> start(PyReader& self, Files files, const Extents& extent
 }
 
 void fail(PyLoad& self, std::uint32_t kind, std::uint32_t file, std::uint64_t offset, int error) {
-    if (kind < static_cast<std::uint32_t>(FailureKind::read_error) || kind > static_cast<std::uint32_t>(FailureKind::mismatch)) {
+    const auto of_kind = static_cast<FailureKind>(kind);
+    if (of_kind < FailureKind::read_error || of_kind > FailureKind::mismatch) {
         throw std::invalid_argument("no kind of failure");
     }
-    self.job->fail({.kind = static_cast<FailureKind>(kind), .file = file, .offset = offset, .error = error});
+    self.job->fail({.kind = of_kind, .file = file, .offset = offset, .error = error});
 }
 
 void bind_load(nb::module_& module) {
+    const auto next_read = [](PyLoad& self, double timeout_s) { return self.job->next_read(timeout_s); };
+    const auto publish = [](PyLoad& self, std::uint32_t position) { self.job->publish(position); };
+    const auto join = [](PyLoad& self, double timeout_s) { return self.job->join(timeout_s); };
+
     nb::class_<PyLoad>(module, "Load")
         .def_prop_ro("board", [](const PyLoad& self) { return self.job->shared_board(); })
         .def_prop_ro("direct", [](const PyLoad& self) { return self.job->direct(); })
         .def_prop_ro("read_bytes", [](const PyLoad& self) { return self.job->read_bytes(); })
         .def("fileno", [](const PyLoad& self) { return self.job->event_fd(); })
-        .def(
-            "next_read", [](PyLoad& self, double timeout_s) { return self.job->next_read(timeout_s); }, "timeout_s"_a,
-            Unlocked())
-        .def("publish", [](PyLoad& self, std::uint32_t position) { self.job->publish(position); }, "position"_a, Unlocked())
+        .def("next_read", next_read, "timeout_s"_a, Unlocked())
+        .def("publish", publish, "position"_a, Unlocked())
         .def("fail", fail, "kind"_a, "file"_a, "offset"_a, "errno"_a, Unlocked())
         .def("cancel", &PyLoad::cancel)
-        .def("join", [](PyLoad& self, double timeout_s) { return self.job->join(timeout_s); }, "timeout_s"_a, Unlocked());
+        .def("join", join, "timeout_s"_a, Unlocked());
 }
 
 void bind_reader_class(nb::module_& module) {

@@ -112,8 +112,8 @@ class UringEngine final : public Engine {
         }
     }
 
-    /// Chunks are registered when they are first read into, once the pool is through with them: pinned pages cannot become
-    /// huge. It costs what one read's pinning does, and every later read of the chunk saves that.
+    /// Chunks are registered when they are first read into, once the pool is through with them: pinned pages cannot
+    /// become huge. It costs what one read's pinning does, and every later read of the chunk saves that.
     bool is_registered(std::uint32_t chunk) {
         if (chunk >= registered_.size()) return false;
         if (!registered_[chunk] && registering_ && pool_.is_warm(chunk)) {

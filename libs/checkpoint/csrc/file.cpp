@@ -20,8 +20,8 @@ std::int64_t mtime_ns(const struct stat& status) {
 
 int open_for_reading(const char* path, int flags) {
     int fd;
-    do {
-        fd = ::open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | flags);  // O_NONBLOCK: a FIFO would wait for its writer
+    do {  // O_NONBLOCK: opening a FIFO would wait for its writer
+        fd = ::open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | flags);
     } while (fd < 0 && errno == EINTR);
     return fd;
 }

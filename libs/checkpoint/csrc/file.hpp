@@ -1,4 +1,5 @@
-// A file that is read once: opened when its first piece is due, checked against what was registered, then and at the end.
+// A file that is read once: opened when its first piece is due, and checked against what was registered, then and at
+// its end.
 #pragma once
 
 #include <atomic>

@@ -64,7 +64,11 @@ void Job::check() const {
 
 bool Job::window_open() const {
     const std::uint32_t window = board_->window();
-    return window == 0 || extents_[extent_].position < std::uint64_t{board_->released()} + window;
+    const std::uint32_t position = extents_[extent_].position;
+    if (window == 0 || position < window) return true;
+    // Published as well: no consumer may release into what is still being read or checked.
+    const std::uint32_t before = position - window;
+    return before < board_->released() && positions_[before].reading == Reading::published;
 }
 
 std::optional<Piece> Job::take() {

@@ -129,7 +129,7 @@ class Read {
     /// Opens the file if need be. False: the load is over, and so is this read.
     bool begin();
 
-    /// result: bytes read, or -errno, of what fd(), offset() and size() say.  True: ask again, they may say something else.
+    /// result: bytes read, or -errno, of what fd(), offset() and size() say.  True: ask again; they may have changed.
     bool on_result(std::int64_t result);
 
     int fd() const { return file_->fd(); }

@@ -2,8 +2,6 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/vfs.h>
@@ -16,6 +14,8 @@
 #include <string>
 #include <system_error>
 #include <utility>
+
+#include "thread.hpp"
 
 #ifndef MADV_COLLAPSE  // Linux 6.1; glibc names it since 2.37
 #define MADV_COLLAPSE 25
@@ -43,27 +43,21 @@ Mapping map_pool(int fd, std::size_t size) {
     return memory;
 }
 
-/// Whether the memory of this chunk exists already. Always false on hugetlbfs, which cannot tell.
-bool is_backed(int fd, std::uint32_t chunk) {
-    const auto start = static_cast<off_t>(pool_bytes(chunk));
-    return ::lseek(fd, start, SEEK_DATA) == start &&
-           ::lseek(fd, start, SEEK_HOLE) >= start + static_cast<off_t>(kChunkBytes);
-}
-
-/// Threads born in its scope take no signals: those are for the threads of whoever embeds us.
-class SignalsBlocked {
-   public:
-    SignalsBlocked() {
-        sigset_t all;
-        ::sigfillset(&all);
-        ::pthread_sigmask(SIG_SETMASK, &all, &before_);
+/// Calls `found` for each chunk whose memory exists already: for none on hugetlbfs, which cannot tell.
+template <typename Found>
+void for_backed_chunks(int fd, std::uint32_t chunks, Found found) {
+    // Along the data, not chunk by chunk: the kernel looks for a hole page by page, so that would be quadratic.
+    const auto size = static_cast<off_t>(pool_bytes(chunks));
+    off_t end = 0;
+    while (end < size) {
+        const off_t begin = ::lseek(fd, end, SEEK_DATA);
+        if (begin < 0) return;  // ENXIO: no more data
+        end = ::lseek(fd, begin, SEEK_HOLE);
+        if (end < 0) return;
+        const auto first = (static_cast<std::size_t>(begin) + kChunkBytes - 1) / kChunkBytes;
+        for (auto chunk = first; (chunk + 1) * kChunkBytes <= static_cast<std::size_t>(end); ++chunk) found(chunk);
     }
-    SignalsBlocked(const SignalsBlocked&) = delete;
-    ~SignalsBlocked() { ::pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
-   private:
-    sigset_t before_;
-};
+}
 
 }  // namespace
 
@@ -104,8 +98,9 @@ std::shared_ptr<Pool> Pool::adopt(int fd, std::span<const std::uint32_t> used, c
             throw std::invalid_argument("a used chunk given twice");
         }
     }
-    for (std::uint32_t chunk = 0; chunk < pool->chunks() && !hugetlb; ++chunk) {
-        if (is_backed(pool->fd(), chunk)) pool->chunks_[chunk].warmth = Warmth::backed;
+    if (!hugetlb) {
+        for_backed_chunks(pool->fd(), pool->chunks(),
+                          [&](std::size_t chunk) { pool->chunks_[chunk].warmth = Warmth::backed; });
     }
     pool->start(options.fault_threads);
     return pool;
@@ -124,17 +119,17 @@ Pool::Pool(Fd fd, Mapping memory, bool hugetlb, const PoolOptions& options)
 Pool::~Pool() { close(); }
 
 void Pool::start(unsigned fault_threads) {
-    const SignalsBlocked blocked;
     running_ = fault_threads;
     for (unsigned i = 0; i < fault_threads; ++i) {
-        threads_.emplace_back([this](const std::stop_token& stop) { run_fault_thread(stop); });
+        threads_.push_back(start_thread("stoker-fault", [this] { run_fault_thread(stop_.get_token()); }));
     }
 }
 
 void Pool::close() {
     const std::lock_guard guard(threads_mutex_);
-    for (std::jthread& thread : threads_) thread.request_stop();
-    threads_.clear();  // joins
+    stop_.request_stop();
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
 }
 
 Fd Pool::reader_fd() const {
@@ -243,8 +238,7 @@ void Pool::set_on_warm(OnWarm on_warm) {
 }
 
 void Pool::run_fault_thread(const std::stop_token& stop) {
-    ::pthread_setname_np(::pthread_self(), "stoker-fault");
-    // Behind real work, but not SCHED_IDLE: a thread that holds the lock on this process's mappings must get on in the end.
+    // Behind real work, but not SCHED_IDLE: who holds the lock on this process's mappings must get on in the end.
     ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 19);
 
     std::unique_lock guard(mutex_);

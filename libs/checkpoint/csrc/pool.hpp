@@ -134,8 +134,9 @@ class Pool : public std::enable_shared_from_this<Pool> {
     int collapse_errno_ = 0;
     int lock_errno_ = 0;
 
+    std::stop_source stop_;
     std::mutex threads_mutex_;
-    std::vector<std::jthread> threads_;
+    std::vector<std::thread> threads_;
 };
 
 }  // namespace stoker

@@ -41,7 +41,8 @@ std::shared_ptr<Job> Reader::start(LoadSpec spec) {
         files.push_back(std::make_unique<File>(std::move(file.path), file.size_bytes, file.mtime_ns));
     }
     auto board = Board::create(std::move(spec.table), spec.window);
-    auto job = std::make_shared<Job>(std::move(files), std::move(spec.extents), std::move(board), block_bytes_, spec.hold);
+    const auto job =
+        std::make_shared<Job>(std::move(files), std::move(spec.extents), std::move(board), block_bytes_, spec.hold);
 
     const std::lock_guard guard(mutex_);
     if (closed_) throw std::logic_error("the reader is closed");
@@ -61,7 +62,8 @@ std::shared_ptr<Job> Reader::start(LoadSpec spec) {
 }
 
 void Reader::check_table(const LoadSpec& spec) const {
-    const std::size_t distinct = spec.window > 0 ? std::min<std::size_t>(spec.window, spec.table.size()) : spec.table.size();
+    // Of a window only the first round has to differ: Board checks that the rest repeats it.
+    const std::size_t distinct = spec.window > 0 ? spec.window : spec.table.size();
     std::vector<bool> seen(pool_->chunks());
     for (std::size_t position = 0; position < spec.table.size(); ++position) {
         const std::uint32_t chunk = spec.table[position];
@@ -97,7 +99,8 @@ void Reader::watch_windows() {
         }
         changed_.wait_for(lock, kWindowPoll, [this] { return closed_; });
         drop_spent();
-        const bool due = std::any_of(queue_.begin(), queue_.end(), [](const Queued& queued) { return queued.job->due(); });
+        const bool due =
+            std::any_of(queue_.begin(), queue_.end(), [](const Queued& queued) { return queued.job->due(); });
         held_back_ = !due && !queue_.empty();
         if (due) engine_->wake();
     }

@@ -40,7 +40,9 @@ void read_block(int fd, std::byte* target, std::uint64_t offset, std::uint32_t s
 }  // namespace
 
 double sequential_read(const std::string& path, std::uint64_t size_bytes, std::uint32_t block_bytes) {
-    if (block_bytes == 0 || block_bytes % kAlignBytes != 0) throw std::invalid_argument("block_bytes is no multiple of 4096");
+    if (block_bytes == 0 || block_bytes % kAlignBytes != 0) {
+        throw std::invalid_argument("block_bytes is no multiple of 4096");
+    }
     const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
     if (fd.get() < 0) throw_errno("open");
     // On huge pages where they can be had, which doubles what some disks give, and populated before the clock starts.

@@ -81,7 +81,9 @@ Ring::~Ring() { release(); }
 void Ring::map(const io_uring_params& params) {
     // Both came with Linux 5.5: one mapping for both rings, and completions that are never dropped.
     constexpr std::uint32_t kNeeded = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP;
-    if ((params.features & kNeeded) != kNeeded) throw std::system_error(EOPNOTSUPP, std::generic_category(), "io_uring");
+    if ((params.features & kNeeded) != kNeeded) {
+        throw std::system_error(EOPNOTSUPP, std::generic_category(), "io_uring");
+    }
 
     auto map_at = [this](std::size_t bytes, off_t offset) {
         void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, offset);

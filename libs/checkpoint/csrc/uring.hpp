@@ -12,7 +12,7 @@ namespace stoker {
 class Ring {
    public:
     /// Room for `entries` submissions, and twice as many completions. Throws std::system_error (ENOSYS, EPERM, ENOMEM,
-    // EOPNOTSUPP if the kernel cannot read by ring).
+    /// EOPNOTSUPP if the kernel cannot read by ring).
     explicit Ring(std::uint32_t entries);
     ~Ring();
     Ring(const Ring&) = delete;
@@ -24,8 +24,8 @@ class Ring {
     /// The next submission, zeroed. No more than `entries` of them before a submit.
     io_uring_sqe& next();
 
-    /// Hands over what next() gave and waits for a completion; returns early if interrupted or if the kernel is short of
-    // memory, so call it in a loop. Throws std::system_error for what no retry mends.
+    /// Hands over what next() gave and waits for a completion; returns early if interrupted or if the kernel is short
+    /// of memory, so call it in a loop. Throws std::system_error for what no retry mends.
     void submit_and_wait();
 
     /// Takes the oldest completion; false if there is none.

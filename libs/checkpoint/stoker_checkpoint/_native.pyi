@@ -96,6 +96,10 @@ class Board:
     @property
     def ready_count(self) -> int: ...
     @property
+    def released(self) -> int:
+        """Of a window: positions below this one are done with."""
+
+    @property
     def state(self) -> int: ...
     def is_ready(self, position: int) -> bool: ...
     def wait(self, position: int, timeout_s: float) -> bool:
@@ -193,6 +197,9 @@ DEVICE_ERROR: int  # a kind of failure, of rings only: a call of the CUDA driver
 
 def cuda_available() -> tuple[bool, str]:
     """Whether there is a CUDA driver with a device; if not, why."""
+
+def cuda_devices() -> list[bytes]:
+    """The 16 bytes of each device's UUID, by ordinal. Raises RuntimeError if the driver refuses or is missing."""
 
 def cuda_pinned() -> tuple[int, str]:
     """Bytes of pools that this process has registered with CUDA, and why more were refused (empty: they were not)."""

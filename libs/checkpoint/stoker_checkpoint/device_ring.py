@@ -41,6 +41,25 @@ def spans_of(plan: ReadPlan) -> list[tuple[int, int]]:
     return spans
 
 
+def ordinal_of(uuid: str) -> int:
+    """The number, in this process, of the device that NVML knows as `uuid` ("GPU-…").
+
+    Raises NativeUnavailable if CUDA sees none of that name here.
+    """
+    try:
+        known = [_nvml_name(device) for device in _native.cuda_devices()]
+    except RuntimeError as error:
+        raise NativeUnavailable(str(error)) from error
+    if uuid not in known:
+        raise NativeUnavailable(f"CUDA sees no device {uuid}")
+    return known.index(uuid)
+
+
+def _nvml_name(uuid: bytes) -> str:
+    text = uuid.hex()
+    return "-".join(("GPU", text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
 class Mark(Protocol):
     """A moment in a stream. `torch.cuda.Event` is one."""
 

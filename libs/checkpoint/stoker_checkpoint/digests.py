@@ -17,10 +17,37 @@ from stoker_checkpoint.manifest import Manifest
 from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_core.errors import CheckpointChanged, ReadFailed
 
+_PREFIX = "xxh3_128:"
+
 
 def chunk_digest(data: bytes | memoryview) -> str:
     """Of one chunk of a file; the last one ends where the file does."""
-    return "xxh3_128:" + xxhash.xxh3_128_hexdigest(data)
+    return _PREFIX + xxhash.xxh3_128_hexdigest(data)
+
+
+class ChunkDigests:
+    """The digests of a file's chunks, from its bytes as they come by in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        while data:
+            piece, data = data[: self._room], data[self._room :]
+            self._hash.update(piece)
+            self._room -= len(piece)
+            if not self._room:
+                self._next()
+
+    def finish(self) -> tuple[str, ...]:
+        if self._room < CHUNK_BYTES:
+            self._next()
+        return tuple(self._done)
+
+    def _next(self) -> None:
+        self._done.append(_PREFIX + self._hash.hexdigest())
+        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
 
 
 def digest_manifest(manifest: Manifest, directory: Path) -> Manifest:
@@ -41,15 +68,16 @@ def _digests(path: Path, shard: Shard) -> tuple[str, ...]:
     buffer = memoryview(bytearray(min(CHUNK_BYTES, shard.size_bytes)))
     offset = 0
     try:
-        with path.open("rb", buffering=0) as file:
-            while size := _fill(file.fileno(), buffer):
+        # O_NONBLOCK: opening a FIFO would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
+            while offset <= shard.size_bytes and (size := _fill(file.fileno(), buffer)):
                 digests.append(chunk_digest(buffer[:size]))
                 offset += size
             found = os.fstat(file.fileno())
     except OSError as error:
         raise ReadFailed(str(path), offset, error.errno or 0) from error
     if offset != shard.size_bytes:
-        raise CheckpointChanged(str(path), f"it has {offset} bytes, not {shard.size_bytes}")
+        raise CheckpointChanged(str(path), f"it has {found.st_size} bytes, not {shard.size_bytes}")
     if shard.mtime_ns not in (-1, found.st_mtime_ns):
         raise CheckpointChanged(str(path), "it was written to since it was registered")
     return tuple(digests)

@@ -146,7 +146,7 @@ class LoadedCheckpoint:
         """Read one byte of every page that comes from the files, as soon as it is ready. Needs no torch."""
         self._take()
         view = self._view
-        for position, _, offset, size in self._plan.extents:  # each position has one
+        for position, _, offset, size in self._plan.extents:  # each position has at least one
             for step in self._passed(position):
                 self._await(step)
             self._await(position)
@@ -246,6 +246,7 @@ class LoadedCheckpoint:
                 begin = self._at(position) + within
                 yield from _copied(data[at - offset : stop - offset], window[begin : begin + stop - at])
                 self._check_open()
+                self._check_alone()
                 at = stop
                 if at < end or position < needed_next:
                     yield from self._passed(position + 1)
@@ -291,6 +292,11 @@ class LoadedCheckpoint:
                 raise load_error(self._board, self._plan, self._directory)
         elif not self._alive() and not self._board.is_ready(position):
             raise LoadCancelled("the process that reads is gone")
+
+    def _check_alone(self) -> None:
+        """Of a load through a window: what was just copied was not released, and so overwritten, by somebody else."""
+        if self._board.released != self._released:
+            raise InvalidRequest("another consumer has taken from this load; through a window there can be one")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -343,7 +349,7 @@ def _check_plan(manifest: Manifest, plan: ReadPlan, positions: int) -> None:
         raise ValueError(f"the load has {positions} positions, the plan {len(plan.positions)}")
     for tensor in manifest.tensors:
         offset = plan.offsets.get(tensor.name)
-        if offset is not None and offset + tensor.size_bytes > positions * CHUNK_BYTES:
+        if offset is not None and not 0 <= offset <= positions * CHUNK_BYTES - tensor.size_bytes:
             raise ValueError(f"the plan puts tensor {shown(tensor.name)} outside of the load")
 
 

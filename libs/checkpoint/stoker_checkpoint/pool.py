@@ -130,7 +130,9 @@ class Pool:
     def status(self) -> PoolStatus:
         native, engine = self.native, self._engine()
         reader = self._readers.get(engine)
-        readings = [reading.direct for reading in self._readings]
+        with self._lock:
+            readings = list(self._readings)
+        direct = [reading.direct for reading in readings]
         return PoolStatus(
             total_bytes=native.chunks_total * CHUNK_BYTES,
             free_bytes=native.chunks_free * CHUNK_BYTES,
@@ -143,7 +145,7 @@ class Pool:
             reader=engine,
             reader_reason=self._uring_reason if engine == "threads" else "",
             registered_buffers=reader.registered_buffers if reader else None,
-            direct=all(readings) if readings else None,
+            direct=all(direct) if direct else None,
         )
 
     def wait_warm(self, timeout_s: float) -> bool:
@@ -169,7 +171,7 @@ class Pool:
         as many as the plan has positions: the load lies in the pool whole.  verify: against the manifest's digests.
         priority: higher first, else by arrival.
         Raises PoolExhausted; InvalidRequest for a plan of another manifest, and for `verify` without digests or with a
-        plan of less than whole chunks; NativeUnavailable if the engine asked for cannot be had.
+        plan of less than whole chunks; NativeUnavailable if the engine asked for, a descriptor or a thread cannot be had.
         """
         shards = _shards(plan, manifest)
         if verify:
@@ -192,17 +194,25 @@ class Pool:
         except BaseException as error:
             self.native.free(chunks)
             if isinstance(error, ValueError):
-                raise InvalidRequest(f"the plan does not fit the checkpoint: {error}") from error
+                raise InvalidRequest(f"the plan does not fit: {error}") from error
+            if isinstance(error, OSError):
+                raise NativeUnavailable(f"a load cannot begin: {error}") from error
             raise
         reading = Reading(self, load, chunks, plan, directory)
-        self._readings.add(reading)
-        if verify:
-            reading.verify(shards)
+        with self._lock:
+            self._readings.add(reading)
+        try:
+            if verify:
+                reading.verify(shards)
+        except RuntimeError as error:
+            reading.close()
+            raise NativeUnavailable(f"a load cannot be verified: {error}") from error
         return reading
 
     def free(self, reading: Reading, chunks: Sequence[int]) -> None:
         """For the reading alone: its load has ended."""
-        self._readings.discard(reading)
+        with self._lock:
+            self._readings.discard(reading)
         self.native.free(chunks)
 
     def close(self) -> None:
@@ -211,7 +221,8 @@ class Pool:
             if self._closed:
                 return
             self._closed = True
-        for reading in list(self._readings):
+            readings = list(self._readings)
+        for reading in readings:
             reading.close()
         for reader in self._readers.values():
             reader.close()

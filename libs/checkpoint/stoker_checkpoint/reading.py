@@ -150,7 +150,10 @@ class Reading:
         await self.aclose()
 
     def verify(self, shards: Sequence[Shard]) -> None:
-        """Check what was read (a load that holds) against the digests of `shards`, the plan's, in threads of its own."""
+        """Check what was read (a load that holds) against the digests of `shards`, the plan's, in threads of its own.
+
+        Raises RuntimeError if there can be none; then it has to be closed.
+        """
         for number in range(VERIFY_THREADS):
             thread = threading.Thread(
                 target=verify_chunks,
@@ -158,8 +161,8 @@ class Reading:
                 name=f"verify-{number}",
                 daemon=True,  # of a load that nobody closes: it must not keep the process alive
             )
-            self._verifiers.append(thread)
             thread.start()
+            self._verifiers.append(thread)
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):

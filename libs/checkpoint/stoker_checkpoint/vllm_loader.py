@@ -29,6 +29,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     pool_fd, board_fd, lease_fd: a lease on this model that this process or its parent holds: the pool, the load in it,
     and the socket whose other end is open for as long as the lease is. Together or not at all, for one load.
+    ring_fd, ring_board_fd: the ring that this load is fed into, if the lease has one: in the memory of the GPU that is the
+    current one where the model is loaded, and that is no rank of several.
     pool_bytes: size of the pool that is made where there is no lease; 0: the whole checkpoint, if half of the free memory
     has room for it. A checkpoint larger than its pool streams through it.
     """
@@ -36,11 +38,17 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     pool_fd: int = -1
     board_fd: int = -1
     lease_fd: int = -1
+    ring_fd: int = -1
+    ring_board_fd: int = -1
     pool_bytes: int = 0
 
     @property
     def leased(self) -> bool:
         return self.pool_fd >= 0
+
+    @property
+    def ringed(self) -> bool:
+        return self.ring_fd >= 0
 
 
 def parse_options(given: Any) -> Options:
@@ -50,10 +58,15 @@ def parse_options(given: Any) -> Options:
     except msgspec.ValidationError as error:
         raise InvalidSettings(f"model_loader_extra_config of load format {LOAD_FORMAT}: {error}") from error
     descriptors = {options.pool_fd >= 0, options.board_fd >= 0, options.lease_fd >= 0}
+    ring = {options.ring_fd >= 0, options.ring_board_fd >= 0}
     if len(descriptors) != 1 or options.pool_bytes < 0 or (options.leased and options.pool_bytes):
         raise InvalidSettings(
             f"model_loader_extra_config of load format {LOAD_FORMAT}: "
             "either pool_fd, board_fd and lease_fd, or pool_bytes, or nothing"
+        )
+    if len(ring) != 1 or (options.ringed and not options.leased):
+        raise InvalidSettings(
+            f"model_loader_extra_config of load format {LOAD_FORMAT}: ring_fd and ring_board_fd only together, of a lease"
         )
     return options
 

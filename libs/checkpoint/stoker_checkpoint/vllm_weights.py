@@ -16,6 +16,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
+from stoker_checkpoint.device_ring import DeviceCheckpoint, attach_ring
 from stoker_checkpoint.load import LoadedCheckpoint, attach, load
 from stoker_checkpoint.manifest import Manifest
 from stoker_checkpoint.open import open_checkpoint
@@ -32,7 +33,8 @@ class StokerModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """vLLM's default loader, reading by Stoker: which weights a model takes, and that it got them all, vLLM checks.
 
     Under a lease all ranks share one read; what a rank does not want it skips. Tensors that a model keeps stay valid:
-    they get memory of their own when their load closes: with `load_weights`, or with this loader.
+    they get memory of their own when their load closes: with `load_weights`, or with this loader. Those that came through
+    a ring on a GPU are there already, and keep the whole ring's memory as long as one of them is kept.
     Raises InvalidSettings for options it does not know, and what `stoker_checkpoint.load` raises.
     """
 
@@ -81,14 +83,24 @@ class StokerModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 "torchao puts its weights together from several tensors; use --load-format safetensors",
             )
 
-    def _open(self, manifest: Manifest, directory: Path, wanted: Set[str]) -> LoadedCheckpoint:
-        """From the leased pool the first time, else through a pool of this process's own."""
+    def _open(self, manifest: Manifest, directory: Path, wanted: Set[str]) -> LoadedCheckpoint | DeviceCheckpoint:
+        """From the leased pool, or the ring that it feeds, the first time; else through a pool of this process's own."""
         options = self._options
         if options.leased:
             # A reload makes a new loader from the same configuration, when these numbers may mean other files.
             self._options, self._given.model_loader_extra_config = Options(), {}
             alive = partial(connected, options.lease_fd)
             plan = plan_reads(manifest)
+            if options.ringed:
+                return attach_ring(
+                    manifest,
+                    plan,
+                    options.ring_fd,
+                    options.ring_board_fd,
+                    directory=directory,
+                    device=torch.cuda.current_device(),
+                    alive=alive,
+                )
             return self._loads.enter_context(
                 attach(manifest, plan, options.pool_fd, options.board_fd, directory=directory, alive=alive)
             )

@@ -7,6 +7,9 @@
 With LeaseGranted, in the same sendmsg and by SCM_RIGHTS, come two descriptors if weights were asked for: the
 node's pool of memory (read-only) and the board of this load, which says which of its chunks hold the model and which
 of them are ready. The agent may still be reading: the board also says how that ends. Source: `stoker_checkpoint.load.attach`.
+Where `ring` says so two more follow, for one consumer, who then leaves the others alone: a ring in the memory of the device
+that was asked for, into which the agent copies what is ready, and that ring's board. Source:
+`stoker_checkpoint.device_ring.attach_ring`.
 
 The connection is the lease: files and chunks stay where they are while it is open, and a process that dies
 gives it up by dying.
@@ -22,6 +25,7 @@ class LeaseRequest(Contract, frozen=True):
     model_id: str
     instance_id: str
     weights: bool = True  # False: the files alone, nothing is read into the pool
+    device: str = ""  # a GPU that the weights are for, by NVML's UUID ("GPU-…"), if one process alone takes them
 
 
 class LeaseProgress(Contract, frozen=True, tag="progress"):
@@ -36,6 +40,7 @@ class LeaseGranted(Contract, frozen=True, tag="granted"):
     source: Tier  # where the model was when the lease was asked for; dram: in the pool, or on its way there
     total_bytes: int
     wait_ms: float  # from request to grant
+    ring: bool = False  # False also where a device was asked for, and the agent can get no ring there
 
 
 class LeaseRefused(Contract, frozen=True, tag="refused"):

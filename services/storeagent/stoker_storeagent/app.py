@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 
 from stoker_bus.events import EventPublisher
@@ -26,6 +27,7 @@ from stoker_storeagent.leases import LeaseServer, close, listen
 from stoker_storeagent.loops import FLUSH_S, PRUNE_S, RECONCILE_S, Keeper, Reporter
 from stoker_storeagent.plans import Plans
 from stoker_storeagent.register import Registrar
+from stoker_storeagent.rings import Rings
 from stoker_storeagent.settings import StoreagentSettings
 from stoker_storeagent.sources import Sources
 from stoker_storeagent.tier import SsdTier
@@ -40,9 +42,15 @@ async def serve(settings: StoreagentSettings, stop: asyncio.Event) -> None:
     # Not awaited: what is on the SSD is leased whether or not the database is there.
     database = PgDatabase(settings.postgres_url, pool_size=POSTGRES_POOL)
     try:
-        pool = await asyncio.to_thread(open_pool, settings)
+        # First, because it shows whether this node has a storage agent already: then nothing of it may be touched.
+        listener = listen(settings.socket_path)
         try:
-            parts = await assemble(settings, bus, database, pool, SystemClock(), RandomIds())
+            pool = await asyncio.to_thread(open_pool, settings)
+        except BaseException:
+            close(listener)
+            raise
+        try:
+            parts = await assemble(settings, listener, bus, database, pool, SystemClock(), RandomIds())
             await run_parts(parts, stop, drain_s=settings.drain_s)
         finally:  # the last: by now nothing reads into it any more
             await asyncio.to_thread(pool.close)
@@ -52,20 +60,27 @@ async def serve(settings: StoreagentSettings, stop: asyncio.Event) -> None:
 
 
 async def assemble(
-    settings: StoreagentSettings, bus: Bus, database: Database, pool: Pool, clock: Clock, ids: Ids
+    settings: StoreagentSettings,
+    listener: socket.socket,
+    bus: Bus,
+    database: Database,
+    pool: Pool,
+    clock: Clock,
+    ids: Ids,
 ) -> Sequence[Part]:
-    """Open the tiers and the socket, and return what runs. Raises InvalidSettings, StorageFailed."""
+    """Open the tiers and return what runs; it closes the listener, as does a failure here.
+
+    Raises InvalidSettings, StorageFailed.
+    """
     node, boot_id = settings.node, ids.new("boot")
-    sources = Sources(settings.allowed_root_paths)
     report_now, reconcile_now, flush_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def held_changed() -> None:
         report_now.set()
         reconcile_now.set()
 
-    # First, because it shows whether this node has a storage agent already, whose directory must be left alone.
-    listener = listen(settings.socket_path)
     try:
+        sources, rings = Sources(settings.allowed_root_paths), Rings(pool, settings.ring_slots)
         events = EventPublisher(bus, service="storeagent", name=node, boot_id=boot_id, clock=clock, ids=ids)
         ssd = SsdDirectory(settings.ssd_path, ids)
         filler = Filler(ssd, sources, copies_at_once=settings.copies_at_once, chunk_bytes=settings.copy_chunk_bytes)
@@ -79,7 +94,9 @@ async def assemble(
             changed=held_changed,
             gone=lambda model_id: tiers.forget(model_id),
         )
-        tiers = DramTier(pool, ssd_tier, Plans(ssd), events, clock, wait_s=settings.pool_wait_s, changed=held_changed)
+        tiers = DramTier(
+            pool, ssd_tier, Plans(ssd), rings, events, clock, wait_s=settings.pool_wait_s, changed=held_changed
+        )
         await ssd_tier.open()
     except BaseException:
         close(listener)

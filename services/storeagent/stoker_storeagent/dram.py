@@ -31,6 +31,7 @@ from stoker_core.runner import Part
 from stoker_storeagent.plans import Checkpoint, Plans
 from stoker_storeagent.ports import Events, Held, OnProgress
 from stoker_storeagent.residents import Resident, Residents
+from stoker_storeagent.rings import Rings
 from stoker_storeagent.state import Rate
 from stoker_storeagent.tier import PROGRESS_S, SsdTier
 
@@ -62,6 +63,7 @@ class DramTier:
         pool: Pool,
         ssd: SsdTier,
         plans: Plans,
+        rings: Rings,
         events: Events,
         clock: Clock,
         *,
@@ -69,7 +71,7 @@ class DramTier:
         changed: Callable[[], None],
     ) -> None:
         """wait_s: how long a lease waits for room in the pool.  changed: told when what is held changes."""
-        self._pool, self._ssd, self._plans = pool, ssd, plans
+        self._pool, self._ssd, self._plans, self._rings = pool, ssd, plans, rings
         self._events, self._clock, self._changed = events, clock, changed
         self._wait_s = wait_s
         self._residents = Residents(pool.status().total_bytes // CHUNK_BYTES)
@@ -85,7 +87,7 @@ class DramTier:
         return Part("readings", self._run)
 
     @asynccontextmanager
-    async def lease(self, model_id: str, on_progress: OnProgress, *, weights: bool) -> AsyncIterator[Held]:
+    async def lease(self, model_id: str, on_progress: OnProgress, *, weights: bool, device: str) -> AsyncIterator[Held]:
         asked_s = self._clock.monotonic_s()
         async with self._ssd.lease(model_id, on_progress) as held:
             if not weights:
@@ -93,12 +95,14 @@ class DramTier:
                 return
             load, found = await self._load(held, on_progress)
             try:
-                yield msgspec.structs.replace(
-                    held,
-                    source=Tier.DRAM if found and held.source is Tier.SSD else held.source,
-                    wait_ms=(self._clock.monotonic_s() - asked_s) * 1000,
-                    descriptors=(load.reading.pool_fd, load.reading.board_fd),
-                )
+                async with self._rings.feed(device, load.reading, load.checkpoint.plan) as ring:
+                    yield msgspec.structs.replace(
+                        held,
+                        source=Tier.DRAM if found and held.source is Tier.SSD else held.source,
+                        wait_ms=(self._clock.monotonic_s() - asked_s) * 1000,
+                        descriptors=(load.reading.pool_fd, load.reading.board_fd, *ring),
+                        ring=bool(ring),
+                    )
             finally:
                 await self._release(load.resident)
 

@@ -157,8 +157,11 @@ class LeaseServer:
             connection.check()
             await connection.send(LeaseProgress(done_bytes=done_bytes, total_bytes=total_bytes))
 
-        async with self._store.lease(request.model_id, progress, weights=request.weights) as held:
-            log.info("leased", model_id=held.model_id, instance_id=request.instance_id, source=held.source)
+        wanted = self._store.lease(request.model_id, progress, weights=request.weights, device=request.device)
+        async with wanted as held:
+            log.info(
+                "leased", model_id=held.model_id, instance_id=request.instance_id, source=held.source, ring=held.ring
+            )
             self._changed()
             try:
                 await self._hold(connection, held)
@@ -168,7 +171,11 @@ class LeaseServer:
 
     async def _hold(self, connection: Connection, held: Held) -> None:
         granted = LeaseGranted(
-            path=str(held.path), source=held.source, total_bytes=held.total_bytes, wait_ms=held.wait_ms
+            path=str(held.path),
+            source=held.source,
+            total_bytes=held.total_bytes,
+            wait_ms=held.wait_ms,
+            ring=held.ring,
         )
         await connection.send(granted, held.descriptors)
         line = await connection.line()

@@ -21,7 +21,8 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     """A model's files, complete and unchanging for as long as the lease lasts.
 
     source: where the model was when it was asked for.  wait_ms: from the request until it could be read.
-    descriptors: of the pool and of the board, if its weights are leased in memory; valid while the lease lasts.
+    descriptors: of the pool and of the board, if its weights are leased in memory, and with `ring` of a ring on the
+    device that was asked for and of its board; valid while the lease lasts.
     """
 
     model_id: str
@@ -30,15 +31,19 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
     wait_ms: float
     descriptors: tuple[int, ...] = ()
+    ring: bool = False
 
 
 class Store(Protocol):
     """Brings models to this node and keeps them while they are leased."""
 
-    def lease(self, model_id: str, on_progress: OnProgress, *, weights: bool) -> AbstractAsyncContextManager[Held]:
+    def lease(
+        self, model_id: str, on_progress: OnProgress, *, weights: bool, device: str
+    ) -> AbstractAsyncContextManager[Held]:
         """Enter: fetch the model if need be, and begin to read its weights into memory if they are wanted.
 
         Nothing evicts it until exit. A reading that fails after that is the board's to tell.
+        device: UUID of the GPU that the weights are for, where a ring is made if one can be had; empty: none is.
         Raises ModelNotFound, RefusedCheckpoint, TierFull, PoolExhausted, StorageFailed, DatabaseUnavailable, Overloaded,
         Stopping.
         """

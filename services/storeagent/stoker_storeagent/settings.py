@@ -30,6 +30,7 @@ class StoreagentSettings(SharedSettings, frozen=True, kw_only=True, forbid_unkno
     pool_fault_threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     pool_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 10.0  # how long a lease waits for room in the pool
     reader: Literal["auto", "io_uring", "threads"] = "auto"
+    ring_slots: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 16  # chunks of device memory for each load; 0: none
     metric_sample_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     metric_keep_s: Annotated[float, msgspec.Meta(gt=0)] = 7 * 24 * 3600.0
 

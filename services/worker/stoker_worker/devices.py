@@ -8,7 +8,7 @@ from stoker_contracts.models import Device, DeviceKind
 from stoker_core.errors import InvalidSettings
 from stoker_worker.settings import WorkerSettings
 
-_MEMORY_SHARE = 0.8  # the rest is the system's, the page cache's and the services'
+_MEMORY_SHARE = 0.6  # the rest is the storage agent's pool (a quarter by default), the system's and the services'
 
 
 def discover(settings: WorkerSettings) -> tuple[Device, ...]:
@@ -42,6 +42,22 @@ def cuda_devices() -> tuple[Device, ...]:
         return tuple(devices)
     finally:
         pynvml.nvmlShutdown()
+
+
+def cuda_uuid(index: int) -> str:
+    """What identifies a GPU to every process, whatever CUDA_VISIBLE_DEVICES says there. Empty if NVML does not tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return ""
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return ""
 
 
 def cpu_slots(settings: WorkerSettings) -> tuple[Device, ...]:

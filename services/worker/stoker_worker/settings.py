@@ -16,7 +16,7 @@ class WorkerSettings(SharedSettings, frozen=True):
 
     devices: str = "auto"  # auto: GPUs where there are any, else CPU slots | cpu | cuda
     cpu_slots: int = 2  # instances that run side by side on CPUs; cores and memory are divided among them
-    slot_memory_bytes: int = 0  # of one CPU slot; 0: four fifths of the machine's memory, divided
+    slot_memory_bytes: int = 0  # of one CPU slot; 0: three fifths of the machine's memory, divided
     engines: str = "vllm,sim"
     batched_tokens_max: int = 512  # of one engine step: bounds how long a prefill holds up others' tokens
     lease_timeout_s: float = 600.0  # how long a start waits for the storage agent

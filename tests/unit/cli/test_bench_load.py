@@ -180,7 +180,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(tmp_path: Path)
 def test_memory_that_is_too_small_is_refused_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_run, "_meminfo_bytes", lambda _: 8_000_000_000)
     load_run.need_memory(1_000_000_000, 1_000_000_000, load_run.CONTESTANTS["cpu"])
-    with pytest.raises(SetupFailed, match=r"13\.0 GB of memory are needed, 8\.0 GB are free"):
+    with pytest.raises(SetupFailed, match=r"13\.5 GB of memory are needed, 8\.0 GB are free"):
         load_run.need_memory(4_000_000_000, 4_000_000_000, load_run.CONTESTANTS["cpu"])
     load_run.need_memory(4_000_000_000, 4_000_000_000, ["stoker"])  # nobody needs room for a copy
 
@@ -189,7 +189,7 @@ def test_contestants_that_are_not_installed_are_left_out_with_how_to_get_them(mo
     monkeypatch.setattr(load_run, "installed", lambda distribution: distribution != "fastsafetensors")
     monkeypatch.setattr(load_run.shutil, "which", lambda _: None)
     names, missing = load_run.choose([], "cpu")
-    assert names == ["sequential", "stoker", "runai", "safetensors", "torch"]
+    assert names == ["sequential", "stoker", "runai", "safetensors", "safetensors_mapped", "torch"]
     assert missing[0].endswith("apt install fio")
     assert "pip install --no-deps fastsafetensors" in missing[1]
 

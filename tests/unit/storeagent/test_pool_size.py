@@ -1,8 +1,11 @@
+import asyncio
+import errno
 from pathlib import Path
 
 import pytest
 
 from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_checkpoint.pool import Pool
 from stoker_core.errors import InvalidSettings
 from stoker_core.settings import load
 from stoker_storeagent.adapters import pool
@@ -41,5 +44,30 @@ def test_a_container_with_less_memory_than_the_machine_counts(tmp_path: Path, mo
     used.write_text(f"{whole // 4}\n")
     monkeypatch.setattr(pool, "_CGROUP_FILES", ((str(tmp_path / "gone"), str(used)), (str(limit), str(used))))
     assert available_bytes() == whole // 2 - whole // 4
+    (tmp_path / "memory.stat").write_text(f"anon 4096\ninactive_file {whole // 8}\nactive_file 4096\n")
+    assert available_bytes() == whole // 2 - whole // 4 + whole // 8, "what is only cached can be taken"
     limit.write_text("max\n")
     assert available_bytes() > whole // 2
+
+
+async def test_a_pool_whose_pages_cannot_be_had_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_pool(settings(POOL_BYTES=2 * CHUNK_BYTES)) as made, monkeypatch.context() as patch:
+        warned: list[str] = []
+        patch.setattr(Pool, "wait_warm", lambda self, timeout_s: False)
+        patch.setattr(made, "native", _Without(made.native))
+        patch.setattr(pool.log, "warning", lambda what, **more: warned.append(f"{what}: {more['error']}"))
+        async with asyncio.timeout(5):
+            await pool._warm(made)
+    assert warned == ["pool_not_warm: Cannot allocate memory"]
+
+
+class _Without:
+    """A native pool that the kernel gives no pages."""
+
+    fault_errno = errno.ENOMEM
+
+    def __init__(self, native: object) -> None:
+        self._native = native
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._native, name)

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stoker_checkpoint.digests import chunk_digest
+from stoker_checkpoint import digests as digests_module
+from stoker_checkpoint.digests import ChunkDigests, chunk_digest
 from stoker_core.errors import (
     CorruptCheckpoint,
     RefusedCheckpoint,
@@ -18,8 +19,7 @@ from stoker_core.errors import (
 )
 from stoker_core.ids import SequentialIds
 from stoker_db.ports import ModelFile
-from stoker_storeagent.adapters import ssd as ssd_module
-from stoker_storeagent.adapters.ssd import MANIFEST, ChunkDigests, SsdDirectory, StoredFile, StoredModel
+from stoker_storeagent.adapters.ssd import MANIFEST, SsdDirectory, StoredFile, StoredModel
 
 CONTENT = bytes(range(256)) * 40
 FILE = ModelFile(path="w", size_bytes=len(CONTENT))
@@ -179,7 +179,7 @@ def test_a_directory_that_cannot_be_made_is_a_storage_failure(tmp_path: Path) ->
 def test_digests_of_chunks_do_not_depend_on_how_the_bytes_come(
     monkeypatch: pytest.MonkeyPatch, piece_bytes: int, size_bytes: int
 ) -> None:
-    monkeypatch.setattr(ssd_module, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(digests_module, "CHUNK_BYTES", 10)
     content = memoryview(CONTENT)[:size_bytes]
     digests = ChunkDigests()
     for at in range(0, size_bytes, piece_bytes):

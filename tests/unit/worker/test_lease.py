@@ -20,6 +20,7 @@ from stoker_core.errors import InvalidMessage, LeaseDenied
 from stoker_worker.instance.lease import Lease
 
 GRANT = encode(LeaseGranted(path="/models/m", source=Tier.SSD, total_bytes=7, wait_ms=0.5)) + b"\n"
+RING_GRANT = encode(LeaseGranted(path="/models/m", source=Tier.SSD, total_bytes=7, wait_ms=0.5, ring=True)) + b"\n"
 PROGRESS = encode(LeaseProgress(done_bytes=1, total_bytes=7)) + b"\n"
 WAIT_S = 10.0
 
@@ -30,7 +31,7 @@ class Agent:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "store.sock"
         self.heard = b""
-        self.files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
+        self.files = [tempfile.TemporaryFile() for _ in range(5)]  # noqa: SIM115
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen()
@@ -78,8 +79,8 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
     agent.close()
 
 
-def lease(agent: Agent, timeout_s: float = WAIT_S) -> Lease:
-    return Lease(agent.path, model_id="m", instance_id="i", timeout_s=timeout_s)
+def lease(agent: Agent, timeout_s: float = WAIT_S, device: str = "") -> Lease:
+    return Lease(agent.path, model_id="m", instance_id="i", timeout_s=timeout_s, device=device)
 
 
 def open_descriptors() -> set[str]:
@@ -104,9 +105,22 @@ def test_a_grant_brings_the_pool_and_the_board_and_no_program_that_is_started_in
         assert [inode(held.pool_fd), inode(held.board_fd)] == [inode(file.fileno()) for file in agent.files[:2]]
         assert not any(os.get_inheritable(fd) for fd in (held.pool_fd, held.board_fd, held.fileno()))
         assert held.alive()
+        assert (held.ring_fd, held.ring_board_fd) == (-1, -1)
     assert not held.alive()
     (request,) = agent.joined()
-    assert decode(LeaseRequest, request).weights
+    assert decode(LeaseRequest, request) == LeaseRequest(model_id="m", instance_id="i", weights=True, device="")
+
+
+def test_a_grant_with_a_ring_brings_its_descriptors_too_and_they_end_with_the_lease(agent: Agent) -> None:
+    before = open_descriptors()
+    agent.play(lambda connection: agent.send(connection, RING_GRANT, 4))
+    with lease(agent, device="GPU-1") as held:
+        fds = [held.pool_fd, held.board_fd, held.ring_fd, held.ring_board_fd]
+        assert [inode(fd) for fd in fds] == [inode(file.fileno()) for file in agent.files[:4]]
+        assert not any(map(os.get_inheritable, fds))
+    (request,) = agent.joined()
+    assert decode(LeaseRequest, request).device == "GPU-1"
+    assert open_descriptors() == before
 
 
 def test_descriptors_are_found_however_the_line_is_cut(agent: Agent) -> None:
@@ -142,10 +156,12 @@ def test_a_lease_is_dead_as_soon_as_its_agent_is(agent: Agent) -> None:
         held.used(load_ms=1.0)
 
 
-@pytest.mark.parametrize("descriptors", [0, 1, 3])
-def test_a_grant_with_another_number_of_descriptors_is_refused(agent: Agent, descriptors: int) -> None:
+@pytest.mark.parametrize(
+    ("grant", "descriptors"), [(GRANT, 0), (GRANT, 1), (GRANT, 3), (GRANT, 4), (RING_GRANT, 2), (RING_GRANT, 5)]
+)
+def test_a_grant_with_another_number_of_descriptors_is_refused(agent: Agent, grant: bytes, descriptors: int) -> None:
     before = open_descriptors()
-    agent.play(lambda connection: agent.send(connection, GRANT, descriptors))
+    agent.play(lambda connection: agent.send(connection, grant, descriptors))
     with pytest.raises(LeaseDenied, match="descriptors"):
         lease(agent)
     agent.joined()
@@ -184,3 +200,27 @@ def test_an_agent_that_does_not_answer_in_time_denies(agent: Agent) -> None:
         lease(agent, timeout_s=0.1)
     agent.joined()
     assert open_descriptors() == before
+
+
+def test_an_agent_too_busy_to_accept_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "store.sock"
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                other.setblocking(False)
+                other.connect(str(path))
+        outcome: list[BaseException] = []
+
+        def take() -> None:
+            try:
+                Lease(path, model_id="m", instance_id="i", timeout_s=0.2)
+            except LeaseDenied as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(WAIT_S)
+        assert len(outcome) == 1

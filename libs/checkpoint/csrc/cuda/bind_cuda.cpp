@@ -47,7 +47,18 @@ void bind_driver(nb::module_& module) {
         const Pinned now = pinned();
         return std::tuple(now.bytes, now.reason);
     };
+    const auto uuids = [] {
+        std::vector<Uuid> found;
+        {
+            const nb::gil_scoped_release unlocked;
+            found = devices();
+        }
+        nb::list listed;
+        for (const Uuid& uuid : found) listed.append(nb::bytes(uuid.bytes.data(), uuid.bytes.size()));
+        return listed;
+    };
     module.def("cuda_available", available, Unlocked());
+    module.def("cuda_devices", uuids);
     module.def("cuda_pinned", pinned_now, Unlocked());
 }
 

@@ -77,6 +77,18 @@ Availability availability() {
     }
 }
 
+std::vector<Uuid> devices() {
+    int count = 0;
+    check(driver().cuDeviceGetCount(&count), "cuDeviceGetCount");
+    std::vector<Uuid> found(static_cast<std::size_t>(count));
+    for (int ordinal = 0; ordinal < count; ++ordinal) {
+        DeviceOrdinal handle = 0;
+        check(driver().cuDeviceGet(&handle, ordinal), "cuDeviceGet");
+        check(driver().cuDeviceGetUuid_v2(&found[static_cast<std::size_t>(ordinal)], handle), "cuDeviceGetUuid");
+    }
+    return found;
+}
+
 const Device& device_of(int ordinal) {
     // Never destroyed: pools and rings may go after static objects do.
     static std::mutex& mutex = *new std::mutex;

@@ -5,6 +5,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/abi.hpp"
 #include "memory.hpp"
@@ -34,6 +35,9 @@ struct Availability {
 
 /// Whether there is a driver with at least one device.
 Availability availability();
+
+/// Which devices there are, by ordinal. Makes no context. Throws Error.
+std::vector<Uuid> devices();
 
 struct Device {
     int ordinal;

@@ -77,7 +77,8 @@ LoadSpec whole_file(const std::string& path, std::uint64_t size) {
 /// The bytes of the file that this extent asked for are where they belong.
 bool holds(const Pool& pool, std::uint32_t chunk, const Extent& extent, const std::vector<std::byte>& bytes) {
     const std::uint64_t size = std::min(extent.size, bytes.size() - extent.offset);
-    return std::memcmp(pool.chunk_address(chunk) + extent.offset % kChunkBytes, bytes.data() + extent.offset, size) == 0;
+    const std::byte* const there = pool.chunk_address(chunk) + extent.offset % kChunkBytes;
+    return std::memcmp(there, bytes.data() + extent.offset, size) == 0;
 }
 
 bool ended_as(Job& job, State state) { return job.join(kLong) && job.board().state() == state; }
@@ -86,7 +87,8 @@ bool ended_as(Job& job, State state) { return job.join(kLong) && job.board().sta
 
 TEST(every_byte_of_a_file_lands_where_it_belongs) {
     files::Directory directory;
-    for (const std::uint64_t size : {std::uint64_t{1}, std::uint64_t{4096}, std::uint64_t{4097}, 2 * kChunkBytes + 12'345}) {
+    const std::vector<std::uint64_t> sizes = {1, 4096, 4097, 2 * kChunkBytes + 12'345};
+    for (const std::uint64_t size : sizes) {
         const auto bytes = files::pattern(size, size);
         const LoadSpec spec = whole_file(directory.write(bytes), size);
         for (const std::string& engine : engines()) {
@@ -262,7 +264,8 @@ TEST(an_error_of_the_kernel_ends_the_load_with_its_errno_and_offset) {
             if (const auto piece = job->take()) return Read(job, *piece);
             return std::nullopt;
         };
-        const auto engine = name == "threads" ? make_threads_engine(source, *pool, 1) : make_uring_engine(source, *pool, 1);
+        const auto engine =
+            name == "threads" ? make_threads_engine(source, *pool, 1) : make_uring_engine(source, *pool, 1);
         engine->start();
         engine->wake();
         CHECK(ended_as(*job, State::failed) && !job->direct());
@@ -295,7 +298,7 @@ TEST(a_read_that_is_refused_as_o_direct_is_made_again_through_the_page_cache) {
     const std::string path = directory.write(bytes);
     const Fd probe(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
     std::byte byte{};
-    if (probe.get() < 0 || ::pread(probe.get(), &byte, 1, 1) != -1 || errno != EINVAL) SKIP("O_DIRECT takes odd reads here");
+    if (probe.get() < 0 || ::pread(probe.get(), &byte, 1, 1) != -1) SKIP("O_DIRECT takes odd reads here");
     std::vector<std::unique_ptr<File>> one;
     one.push_back(std::make_unique<File>(path, bytes.size(), -1));
     const auto job = std::make_shared<Job>(std::move(one), std::vector<Extent>{{0, 0, 0, up(bytes.size())}},
@@ -408,8 +411,8 @@ TEST(loads_share_one_reader_and_each_gets_its_own_bytes) {
     }
 }
 
-// Four loads write to one chunk, each one block less than the one expected before it: every block then holds the file of
-// its last reader. A long load goes before them, so that they wait together.
+// Four loads write to one chunk, each one block less than the one expected before it: every block then holds the file
+// of its last reader. A long load goes before them, so that they wait together.
 TEST(the_highest_priority_is_read_first_then_the_first_to_come) {
     files::Directory directory;
     const std::uint64_t long_size = 4 * kChunkBytes;

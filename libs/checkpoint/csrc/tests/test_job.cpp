@@ -1,3 +1,4 @@
+#include <fcntl.h>
 #include <poll.h>
 #include <unistd.h>
 
@@ -54,8 +55,9 @@ struct Loads {
 
     static std::shared_ptr<Job> of(std::vector<std::unique_ptr<File>> of_load, std::vector<Extent> extents,
                                    std::vector<std::uint32_t> table, const Options& options = {}) {
-        return std::make_shared<Job>(std::move(of_load), std::move(extents), Board::create(std::move(table), options.window),
-                                     options.block_bytes, options.hold);
+        auto board = Board::create(std::move(table), options.window);
+        return std::make_shared<Job>(std::move(of_load), std::move(extents), std::move(board), options.block_bytes,
+                                     options.hold);
     }
 };
 
@@ -131,8 +133,23 @@ TEST(a_window_holds_back_what_its_consumer_has_not_released) {
     CHECK(job->due());
     const auto third = job->take();
     CHECK(third && third->position == 2 && third->chunk == 0 && !job->take());
-    job->board().release(5);  // more than was read: it hurts nobody but itself
-    CHECK(take_all(*job).size() == 2 && job->spent());
+}
+
+TEST(a_position_that_is_not_ready_holds_its_window_whatever_a_consumer_releases) {
+    Loads loads;
+    const auto job = loads.of_chunks(4, {.window = 2, .block_bytes = kChunkBytes});
+    const auto pieces = take_all(*job);
+    job->board().release(4);
+    CHECK(!job->due() && !job->take());  // both chunks are being read into
+    complete(*job, pieces[0]);
+    const auto third = job->take();
+    CHECK(third && third->position == 2 && !job->take());
+    complete(*job, pieces[1]);
+    complete(*job, *third);
+    const auto fourth = job->take();
+    CHECK(fourth && fourth->position == 3 && job->spent());
+    complete(*job, *fourth);
+    CHECK(job->board().state() == State::done);
 }
 
 TEST(held_positions_are_given_once_each_and_ready_when_published) {
@@ -216,6 +233,14 @@ TEST(files_are_closed_when_read_and_when_their_load_has_ended) {
     CHECK(files::open_descriptors() == before + 1);
     job->abandon(piece);
     CHECK(files::open_descriptors() == before);
+}
+
+TEST(an_open_file_waits_for_its_disk) {
+    Loads loads;
+    const auto file = loads.file(4096);
+    CHECK(!file->open());
+    const int flags = ::fcntl(file->fd(), F_GETFL);
+    CHECK((flags & O_NONBLOCK) == 0 && ((flags & O_DIRECT) != 0) == file->direct());
 }
 
 TEST(a_file_that_changes_while_it_is_read_never_has_its_last_position_published) {

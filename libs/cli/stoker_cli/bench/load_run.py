@@ -27,7 +27,7 @@ from stoker_cli.process import tail
 from stoker_core.errors import SetupFailed
 
 CONTESTANTS = {
-    "cpu": ("fio", "sequential", "stoker", "runai", "safetensors", "fastsafetensors", "torch"),
+    "cpu": ("fio", "sequential", "stoker", "runai", "safetensors", "safetensors_mapped", "fastsafetensors", "torch"),
     "cuda": ("fio", "sequential", "stoker", "memcpy", "runai", "fastsafetensors", "instanttensor"),
 }
 """By device, in the order of the first round."""

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from stoker_checkpoint import _native
 from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_checkpoint.pool import Pool
 from stoker_checkpoint.probe import probe_readers
@@ -42,12 +43,15 @@ def open_pool(settings: StoreagentSettings) -> Pool:
         raise InvalidSettings(
             f"STOKER_STOREAGENT_POOL_BYTES: {size_bytes} bytes are too few; the pool needs {CHUNKS_MIN * CHUNK_BYTES}"
         )
+    # Copies to a GPU are fast from memory that its driver has pinned. That takes a context on the first device.
+    pinned = settings.ring_slots > 0 and _native.cuda_available()[0]
     return Pool(
         size_bytes,
         huge=settings.pool_huge,
         lock=settings.pool_lock,
         fault_threads=settings.pool_fault_threads,
         reader=settings.reader,
+        register_cuda=pinned,
     )
 
 
@@ -57,10 +61,21 @@ def available_bytes() -> int:
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     for limit, used in _CGROUP_FILES:
         try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
         except (OSError, ValueError):  # no such controller, or "max"
             continue
+        available = min(available, left + _reclaimable_bytes(Path(limit).with_name("memory.stat")))
     return max(available, 0)
+
+
+def _reclaimable_bytes(stat: Path) -> int:
+    """Page cache counts as use of a container; what was not used twice goes as soon as memory is wanted."""
+    try:
+        values = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    # Version 1 has both: the first with all that lies below, as its limit counts.
+    return int(values.get("total_inactive_file", values.get("inactive_file", "0")))
 
 
 def pool_part(pool: Pool, ssd_root: Path, *, probe: bool) -> Part:
@@ -83,18 +98,26 @@ async def _warm(pool: Pool) -> None:
     status = pool.status()
     log.info("pool_open", bytes=status.total_bytes, reader=status.reader, reader_reason=status.reader_reason)
     while not await in_thread(partial(pool.wait_warm, LOOK_S), threading.Event()):
-        pass
+        if refused := pool.native.fault_errno:
+            log.warning(
+                "pool_not_warm", error=os.strerror(refused), hint="reads make the pages that are missing, slower"
+            )
+            break
     status = pool.status()
+    pinned_bytes, not_pinned = _native.cuda_pinned()
     log.info(
         "pool_warm",
         bytes=status.warm_bytes,
         huge_bytes=status.huge_bytes,
         locked_bytes=status.locked_bytes,
+        cuda_bytes=pinned_bytes,
         pages=status.pages,
         duration_ms=round((time.monotonic() - began_s) * 1000),
     )
     if status.lock_errno:
         log.warning("pool_not_locked", **_lock_refusal(status.lock_errno, status.total_bytes))
+    if not_pinned:
+        log.warning("pool_not_pinned", error=not_pinned, hint="copies to a GPU will be slower")
     if status.collapse_errno:
         log.warning(
             "pool_pages_small",

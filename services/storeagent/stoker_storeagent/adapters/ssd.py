@@ -20,11 +20,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
-import xxhash
 
+from stoker_checkpoint.digests import ChunkDigests
 from stoker_checkpoint.directory import resolve_inside
 from stoker_checkpoint.manifest import is_plain_name
-from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_core.errors import CorruptCheckpoint, RefusedCheckpoint, Stopping, StorageFailed, TierFull
 from stoker_core.ids import Ids
 from stoker_core.logging import get_logger
@@ -212,31 +211,6 @@ class SsdDirectory:
 
     def _leftover(self, model_id: str) -> Path:
         return self.root / f"{_LEFTOVER}{self.path(model_id).name}-{self._ids.new('copy')}"
-
-
-class ChunkDigests:
-    """The digests of a file's chunks, from its bytes as they come by in pieces of any size."""
-
-    def __init__(self) -> None:
-        self._done: list[str] = []
-        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
-
-    def update(self, data: memoryview) -> None:
-        while data:
-            piece, data = data[: self._room], data[self._room :]
-            self._hash.update(piece)
-            self._room -= len(piece)
-            if not self._room:
-                self._next()
-
-    def finish(self) -> tuple[str, ...]:
-        if self._room < CHUNK_BYTES:
-            self._next()
-        return tuple(self._done)
-
-    def _next(self) -> None:
-        self._done.append(f"xxh3_128:{self._hash.hexdigest()}")
-        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
 
 
 def _adoptable(path: Path) -> StoredModel | None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stoker_checkpoint.load import attach
-
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import plan_reads
 from stoker_contracts.inference import Finish, Sampling

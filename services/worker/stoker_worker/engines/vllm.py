@@ -152,4 +152,10 @@ class VllmEngine:
 def _loader_options(lease: Lease | None) -> dict[str, int]:
     if lease is None:
         return {}
-    return {"pool_fd": lease.pool_fd, "board_fd": lease.board_fd, "lease_fd": lease.fileno()}
+    return {
+        "pool_fd": lease.pool_fd,
+        "board_fd": lease.board_fd,
+        "lease_fd": lease.fileno(),
+        "ring_fd": lease.ring_fd,
+        "ring_board_fd": lease.ring_board_fd,
+    }

@@ -70,6 +70,7 @@ def start_engine(config: InstanceConfig, *, forked_at_s: float) -> tuple[Engine,
         model_id=config.model.model_id,
         instance_id=config.instance_id,
         timeout_s=config.lease_timeout_s,
+        device=_ring_device(config),
     ) as lease:
         leased_at_s = time.monotonic()
         engine = build_engine(config, lease)
@@ -84,6 +85,18 @@ def start_engine(config: InstanceConfig, *, forked_at_s: float) -> tuple[Engine,
         engine_ms=(ready_at_s - leased_at_s) * 1e3 - engine.load_ms,
     )
     return engine, EngineReady(phases=phases, load_source=source, ready_at_s=ready_at_s)
+
+
+def _ring_device(config: InstanceConfig) -> str:
+    """The GPU that weights are to arrive on, by UUID; empty: they are taken from the pool.
+
+    A ring has one consumer, so tensor-parallel ranks, who share a lease, get none.
+    """
+    if config.device_kind != DeviceKind.CUDA or config.model.engine != EngineKind.VLLM or len(config.devices) != 1:
+        return ""
+    from stoker_worker.devices import cuda_uuid
+
+    return cuda_uuid(config.devices[0])
 
 
 def run_engine(engine: Engine, commands: CommandQueue, deliver: Callable[[list[EngineOutput]], None]) -> None:

@@ -23,30 +23,32 @@ from stoker_contracts.storage import (
 )
 from stoker_core.errors import InvalidMessage, LeaseDenied
 
-_DESCRIPTORS = 2
+_DESCRIPTORS, _WITH_RING = 2, 4
 _INT_BYTES = array("i").itemsize
 
 
 class Lease:
     """Held from construction to `used` or `close`. Raises LeaseDenied: refused, agent unreachable, or not within timeout_s.
 
-    pool_fd, board_fd: of the agent's pool and of this load in it, as `stoker_checkpoint.load.attach` takes them; both
-    and the connection close with the lease.
+    pool_fd, board_fd: of the agent's pool and of this load in it, as `stoker_checkpoint.load.attach` takes them.
+    ring_fd, ring_board_fd: as `stoker_checkpoint.device_ring.attach_ring` takes them, if the agent feeds a ring on `device`
+    (the UUID of a GPU; empty: none is asked for); else -1. All of them and the connection close with the lease.
     """
 
-    def __init__(self, socket_path: Path, *, model_id: str, instance_id: str, timeout_s: float) -> None:
+    def __init__(
+        self, socket_path: Path, *, model_id: str, instance_id: str, timeout_s: float, device: str = ""
+    ) -> None:
         self._deadline_s = time.monotonic() + timeout_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._buffer = b""
         self._fds: list[int] = []
         try:
             self._connect(socket_path)
-            self._send(LeaseRequest(model_id=model_id, instance_id=instance_id))
+            self._send(LeaseRequest(model_id=model_id, instance_id=instance_id, device=device))
             self.granted = self._await_grant()
-            if len(self._fds) != _DESCRIPTORS:
-                raise LeaseDenied(
-                    f"the storage agent sent {len(self._fds)} descriptors with its grant, not {_DESCRIPTORS}"
-                )
+            expected = _WITH_RING if self.granted.ring else _DESCRIPTORS
+            if len(self._fds) != expected:
+                raise LeaseDenied(f"the storage agent sent {len(self._fds)} descriptors with its grant, not {expected}")
         except OSError as error:
             self.close()
             raise LeaseDenied(f"storage agent at {socket_path}: {error}") from error
@@ -54,7 +56,7 @@ class Lease:
             self.close()
             raise
         self.path = Path(self.granted.path)
-        self.pool_fd, self.board_fd = self._fds
+        self.pool_fd, self.board_fd, self.ring_fd, self.ring_board_fd = (*self._fds, -1, -1)[:_WITH_RING]
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -85,11 +87,13 @@ class Lease:
 
     def _connect(self, path: Path) -> None:
         # A restarting agent is back within moments: its absence alone is no reason to fail a start.
+        # With a time limit connecting never waits: to an agent with too many who want to it fails at once.
+        self._socket.settimeout(max(0.1, self._left_s()))
         while True:
             try:
                 self._socket.connect(str(path))
                 return
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
                 if self._left_s() <= 0:
                     raise
                 time.sleep(0.05)
@@ -122,14 +126,14 @@ class Lease:
     def _receive(self) -> bytes:
         """What comes next; descriptors among it are kept. The kernel itself closes those over the expected number."""
         self._socket.settimeout(max(0.1, self._left_s()))
-        room = socket.CMSG_LEN((_DESCRIPTORS - len(self._fds)) * _INT_BYTES)
+        room = socket.CMSG_LEN((_WITH_RING - len(self._fds)) * _INT_BYTES)
         # Not socket.recv_fds: it forgets its flags (Python 3.11).
         data, ancillary, flags, _ = self._socket.recvmsg(65536, room, socket.MSG_CMSG_CLOEXEC)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds += array("i", content[: len(content) // _INT_BYTES * _INT_BYTES])
         if flags & socket.MSG_CTRUNC:
-            raise LeaseDenied(f"the storage agent sent more than {_DESCRIPTORS} descriptors")
+            raise LeaseDenied(f"the storage agent sent more than {_WITH_RING} descriptors")
         if not data:
             raise LeaseDenied("the storage agent closed the connection")
         return data

@@ -37,6 +37,7 @@ def run_instance(config: InstanceConfig, channel: socket.socket) -> int:
     )
     setup_tracing("instance", **{"stoker.node": config.node, "stoker.instance": config.instance_id})
     if config.device_kind == DeviceKind.CUDA:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # NVML's, by which the devices are numbered
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.devices))
 
     commands = CommandQueue()
