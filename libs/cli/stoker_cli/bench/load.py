@@ -41,6 +41,12 @@ def load(
     sweep: Annotated[
         bool, typer.Option(help="Only Stoker and the device, at 1 to 8 GB and 100 to 10,000 tensors.")
     ] = False,
+    together: Annotated[
+        bool,
+        typer.Option(
+            help="One contestant right after the other, in memory the one before gave back. Default: alone, rested."
+        ),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Time cold loads of a checkpoint, and one from the warm pool, beside the raw device and other loaders.
@@ -68,7 +74,9 @@ def load(
     for line in missing:
         typer.echo(line)
     with _work(work) as directory:
-        run = partial(_measure, directory, names, rounds, device=device, pool_gb=pool_gb, verify=verify)
+        run = partial(
+            _measure, directory, names, rounds, device=device, pool_gb=pool_gb, together=together, verify=verify
+        )
         if sweep:
             measured = [one for case in _sweep_cases() for one in run(case)]
             found = load_figures.sweep_figures(measured)
@@ -97,7 +105,15 @@ def _sweep_cases() -> list[Case]:
 
 
 def _measure(
-    work: Path, names: Sequence[str], rounds: int, case: Case, *, device: str, pool_gb: float | None, verify: bool
+    work: Path,
+    names: Sequence[str],
+    rounds: int,
+    case: Case,
+    *,
+    device: str,
+    pool_gb: float | None,
+    together: bool,
+    verify: bool,
 ) -> list[Round]:
     """Rounds with their ratios, of one checkpoint. Raises SetupFailed if disk or memory are too small."""
     from stoker_cli.bench import load_run
@@ -112,6 +128,7 @@ def _measure(
             names,
             device=device,
             pool_bytes=load_run.pool_bytes(checkpoint, pool_gb),
+            together=together,
             logs=work,
             say=typer.echo,
         )

@@ -1,4 +1,4 @@
-"""Rounds of `stoker bench load`: children are prepared, the page cache is dropped, one contestant runs at a time."""
+"""Rounds of `stoker bench load`: a child is prepared, the machine rests, the page cache is dropped, one contestant runs."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ PREPARE_TIMEOUT_S = 900.0
 LOAD_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 30.0
 SAMPLE_S = 0.005
+REST_S = 5.0
+"""Before each measurement: a disk may have a burst to give, and a virtual machine's host takes free memory back in seconds."""
 CACHED_MAX = 0.02
 DROPS = 5
 DROP_PAUSE_S = 0.2
@@ -128,11 +130,13 @@ class Bench:
         *,
         device: str,
         pool_bytes: int,
+        together: bool,
         logs: Path,
         say: Callable[[str], None],
     ) -> None:
+        """together: one contestant right after the other, in memory that the one before gave back; else each alone, after a rest."""
         self._checkpoint, self._names, self._device, self._pool_bytes = checkpoint, names, device, pool_bytes
-        self._logs, self._say = logs, say
+        self._together, self._logs, self._say = together, logs, say
 
     def run(self, rounds: int, *, verify: bool) -> list[Round]:
         """Measure everyone `rounds` times, in rotating order.
@@ -142,7 +146,7 @@ class Bench:
         """
         measured = []
         for number in range(rounds):
-            self._say(f"round {number + 1} of {rounds}: preparing {', '.join(self._names)}")
+            self._say(f"round {number + 1} of {rounds}: {', '.join(rotated(self._names, number))}")
             one = self._round(number, verify=verify and number == 0)
             self._say(
                 f"round {number + 1} of {rounds}: "
@@ -153,31 +157,38 @@ class Bench:
 
     def _round(self, number: int, *, verify: bool) -> Round:
         found: Round = {}
-        with ExitStack() as stack:
-            # Everyone is prepared before the first is measured, so that the device rests as long before each.
-            children = {name: stack.enter_context(self._child(name)) for name in self._processes()}
-            for child in children.values():
-                child.wait_ready()
-            for name in rotated(self._names, number):
-                if name == "fio":
-                    self._make_cold()
-                    found["fio_s"] = fio_s(self._checkpoint)
-                    continue
-                found |= self._cold(name, "load", children[name], verify=verify)
-                if name == "stoker" and self._device == "cuda":
-                    answer, _ = children[name].measure("load_from_pool")
-                    found |= {"pool_s": answer["seconds"], "pool_ready_ms": answer["seconds"] * 1e3}
-                elif name == "stoker":
-                    found |= self._from_pool(children[name], consumer := children.pop("pool"), verify=verify)
-                    consumer.__exit__()
-                    children[name].call("prepare_verified")
-                    found |= self._cold("verified", "load_verified", children[name], verify=verify)
-                # What it keeps must not weigh on the next.
-                children.pop(name).__exit__()
+        order = rotated(self._names, number)
+        groups = [order] if self._together else [[name] for name in order]
+        for group in groups:
+            with ExitStack() as stack:
+                rested_s = time.monotonic() + REST_S
+                children = {name: stack.enter_context(self._child(name)) for name in self._processes(group)}
+                for child in children.values():
+                    child.wait_ready()
+                time.sleep(max(0.0, rested_s - time.monotonic()))
+                for name in group:
+                    found |= self._measured(name, children, verify=verify)
         return found
 
-    def _processes(self) -> list[str]:
-        own = [name for name in self._names if name != "fio"]
+    def _measured(self, name: str, children: dict[str, Child], *, verify: bool) -> Round:
+        if name == "fio":
+            self._make_cold()
+            return {"fio_s": fio_s(self._checkpoint)}
+        child = children.pop(name)
+        found = self._cold(name, "load", child, verify=verify)
+        if name == "stoker" and self._device == "cuda":
+            answer, _ = child.measure("load_from_pool")
+            found |= {"pool_s": answer["seconds"], "pool_ready_ms": answer["seconds"] * 1e3}
+        elif name == "stoker":
+            found |= self._from_pool(child, consumer := children.pop("pool"), verify=verify)
+            consumer.__exit__()
+            child.call("prepare_verified")
+            found |= self._cold("verified", "load_verified", child, verify=verify)
+        child.__exit__()  # what it keeps must not weigh on the next
+        return found
+
+    def _processes(self, names: Sequence[str]) -> list[str]:
+        own = [name for name in names if name != "fio"]
         return [*own, "pool"] if "stoker" in own and self._device == "cpu" else own
 
     def _child(self, name: str) -> Child:
