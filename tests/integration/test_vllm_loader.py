@@ -65,10 +65,13 @@ def test_tensor_parallel_ranks_share_one_read_and_slice_it(tmp_path: Path) -> No
     assert shared.tokens == own.tokens
 
 
-@pytest.mark.skipif(not list(DEMO_CACHE.glob("demo-*/smollm2-135m")), reason="the demo model was never made here")
 @pytest.mark.timeout(300)
 def test_smollm2_says_the_same_as_with_vllms_own_loader(tmp_path: Path) -> None:
-    same_tokens(tmp_path / "cache", next(DEMO_CACHE.glob("demo-*/smollm2-135m")))
+    # Looked for now, not at collection: in a new checkout tests/e2e, which comes before, makes it.
+    made = list(DEMO_CACHE.glob("demo-*/smollm2-135m"))
+    if not made:
+        pytest.skip("the demo model was never made here")
+    same_tokens(tmp_path / "cache", made[0])
 
 
 def test_importing_the_plug_in_imports_neither_vllm_nor_torch() -> None:
