@@ -105,46 +105,83 @@ async def test_a_failure_at_a_file_leaves_no_model_behind(postgres_url: str) -> 
     await database.close()
 
 
-async def test_digests_are_bound_once_known(database: Database) -> None:
+async def test_a_manifest_is_kept_as_it_was_added_until_the_model_is_deleted(database: Database) -> None:
+    await database.models.add(a_model(), [WEIGHTS], bytes(range(256)))
+    await database.models.add(a_model("other"), [WEIGHTS])
+    assert await database.models.manifest("model-tiny") == bytes(range(256))
+    assert await database.models.manifest("model-other") == b""
+    await database.models.delete("tiny")
+    assert await database.models.manifest("model-tiny") == b""
+
+
+async def test_versions_and_digests_of_chunks_are_returned_as_they_were_added(database: Database) -> None:
+    bound = ModelFile(path="a.safetensors", size_bytes=1, version='"etag"', chunk_digests=("xxh3_128:a", "xxh3_128:b"))
+    await database.models.add(a_model(), [WEIGHTS, bound])
+    for with_content in (True, False):
+        assert await database.models.files("model-tiny", with_content=with_content) == [bound, WEIGHTS]
+
+
+async def chunks(database: Database) -> dict[str, tuple[str, ...]]:
+    return {f.path: f.chunk_digests for f in await database.models.files("model-tiny", with_content=False)}
+
+
+async def test_chunks_are_bound_once_known_and_binding_the_same_again_changes_nothing(database: Database) -> None:
     await database.models.add(a_model(), [CONFIG, WEIGHTS])
-    await database.models.bind_digests("model-tiny", {"model.safetensors": "sha256:aa", "config.json": "sha256:c0"})
-    files = await database.models.files("model-tiny", with_content=False)
-    assert {f.path: f.digest for f in files} == {"config.json": "sha256:c0", "model.safetensors": "sha256:aa"}
-    await database.models.bind_digests("model-tiny", {"model.safetensors": "sha256:aa"})
+    for _ in range(2):
+        await database.models.bind_chunks("model-tiny", {"model.safetensors": ("x:aa", "x:bb")})
+        assert await chunks(database) == {"config.json": (), "model.safetensors": ("x:aa", "x:bb")}
 
 
-async def test_a_differing_digest_is_refused_and_none_of_the_others_is_bound(database: Database) -> None:
-    other = ModelFile(path="a.safetensors", size_bytes=1)
-    await database.models.add(a_model(), [other, CONFIG, WEIGHTS])
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [(("x:00", "x:ff", "x:ff"), "chunk 1 "), (("x:00",), "chunk 1 "), (("x:00", "x:01", "x:02", "x:03"), "chunk 3 ")],
+    ids=["other", "fewer", "more"],
+)
+async def test_differing_chunks_are_refused_by_the_first_one_and_no_other_file_is_bound(
+    database: Database, found: tuple[str, ...], named: str
+) -> None:
+    bound = ModelFile(path="b.safetensors", size_bytes=1, chunk_digests=("x:00", "x:01", "x:02"))
+    await database.models.add(a_model(), [ModelFile(path="a.safetensors", size_bytes=1), bound, WEIGHTS])
     with pytest.raises(CorruptCheckpoint) as caught:
-        await database.models.bind_digests(
-            "model-tiny", {"a.safetensors": "sha256:aa", "config.json": "sha256:ff", "model.safetensors": "sha256:bb"}
+        await database.models.bind_chunks(
+            "model-tiny", {"a.safetensors": ("x:aa",), "b.safetensors": found, "model.safetensors": ("x:bb",)}
         )
-    assert caught.value.path == "config.json"
-    files = await database.models.files("model-tiny", with_content=False)
-    assert [f.digest for f in files] == ["", "sha256:c0", ""]
+    assert caught.value.path == "b.safetensors"
+    assert named in caught.value.reason
+    assert await chunks(database) == {
+        "a.safetensors": (),
+        "b.safetensors": ("x:00", "x:01", "x:02"),
+        "model.safetensors": (),
+    }
 
 
 async def test_of_simultaneous_bindings_that_differ_one_wins(database_kind: DatabaseKind) -> None:
-    await database_kind.database.models.add(a_model(), [WEIGHTS, CONFIG])
+    await database_kind.database.models.add(a_model(), [WEIGHTS])
     outcomes = await asyncio.gather(
         *(
-            client.models.bind_digests("model-tiny", {"model.safetensors": digest})
-            for client, digest in [(database_kind.database, "sha256:aa"), (database_kind.other, "sha256:bb")]
+            client.models.bind_chunks("model-tiny", {"model.safetensors": (digest,)})
+            for client, digest in [(database_kind.database, "x:aa"), (database_kind.other, "x:bb")]
         ),
         return_exceptions=True,
     )
     assert sorted(type(o).__name__ for o in outcomes) == ["CorruptCheckpoint", "NoneType"]
-    digest = (await database_kind.database.models.files("model-tiny", with_content=False))[1].digest
-    assert digest == ("sha256:aa" if outcomes[0] is None else "sha256:bb")
+    bound = await chunks(database_kind.database)
+    assert bound == {"model.safetensors": ("x:aa" if outcomes[0] is None else "x:bb",)}
 
 
-async def test_binding_digests_of_a_deleted_model_or_of_no_file_changes_nothing(database: Database) -> None:
-    await database.models.bind_digests("model-gone", {"model.safetensors": "sha256:aa"})
+async def test_binding_chunks_of_a_deleted_model_or_of_no_file_changes_nothing(database: Database) -> None:
+    await database.models.bind_chunks("model-gone", {"model.safetensors": ("x:aa",)})
     await database.models.add(a_model(), [WEIGHTS])
-    await database.models.bind_digests("model-tiny", {"other.safetensors": "sha256:aa"})
-    await database.models.bind_digests("model-tiny", {})
-    assert [f.path for f in await database.models.files("model-tiny", with_content=False)] == ["model.safetensors"]
+    await database.models.bind_chunks("model-tiny", {"other.safetensors": ("x:aa",)})
+    await database.models.bind_chunks("model-tiny", {})
+    assert await chunks(database) == {"model.safetensors": ()}
+
+
+async def test_as_many_chunks_as_a_model_of_a_terabyte_has_are_bound(database: Database) -> None:
+    many = tuple(f"xxh3_128:{chunk:032x}" for chunk in range(1 << 16))
+    await database.models.add(a_model(), [WEIGHTS])
+    await database.models.bind_chunks("model-tiny", {"model.safetensors": many})
+    assert await chunks(database) == {"model.safetensors": many}
 
 
 async def test_deleting_forgets_a_model_its_files_and_its_placements_and_no_other(database: Database) -> None:

@@ -32,7 +32,8 @@ CALLS: dict[str, Call] = {
     "models.get": lambda d: d.models.get("tiny"),
     "models.all": lambda d: d.models.all(),
     "models.files": lambda d: d.models.files("model-tiny", with_content=True),
-    "models.bind_digests": lambda d: d.models.bind_digests("model-tiny", {"a": "sha256:aa"}),
+    "models.manifest": lambda d: d.models.manifest("model-tiny"),
+    "models.bind_chunks": lambda d: d.models.bind_chunks("model-tiny", {"a": ("x:aa",)}),
     "models.delete": lambda d: d.models.delete("tiny"),
     "nodes.leave": lambda d: d.nodes.leave("nowhere", "boot-1"),
     "nodes.register": lambda d: d.nodes.register(NodeRow(name="a", boot_id="b"), replaces=None),
@@ -46,6 +47,7 @@ CALLS: dict[str, Call] = {
     "tiers.place": lambda d: d.tiers.place(Placement(model_id="m", node="a", tier=Tier.SSD, held_bytes=1)),
     "tiers.placements": lambda d: d.tiers.placements(),
     "tiers.sample": lambda d: d.tiers.sample("a", [TierStatus(tier=Tier.SSD, capacity_bytes=1, used_bytes=0)]),
+    "tiers.links": lambda d: d.tiers.links(),
     "tiers.latest": lambda d: d.tiers.latest(),
     "tiers.observe": lambda d: d.tiers.observe(
         LoadObservation(model_id="m", node="a", source=Tier.SSD, read_bytes=1, load_ms=1, wait_ms=1)

@@ -18,11 +18,12 @@ from tests.support.messages import (
 
 from stoker_contracts import PROTOCOL_MAJOR
 from stoker_contracts.codec import Contract, decode, encode
-from stoker_contracts.control import CommandReply, RegisterReply, TermReply
+from stoker_contracts.control import CommandReply, LocateReply, RegisterReply, TermReply
 from stoker_contracts.inference import GenerateReply
+from stoker_contracts.keeping import FromKeeper, ToKeeper
 from stoker_contracts.storage import LeaseReply
 
-UNIONS = (CommandReply, TermReply, RegisterReply, GenerateReply, LeaseReply)
+UNIONS = (CommandReply, TermReply, RegisterReply, LocateReply, GenerateReply, LeaseReply, ToKeeper, FromKeeper)
 by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
 
 

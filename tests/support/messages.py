@@ -14,15 +14,21 @@ from typing import Any
 
 import msgspec
 
-from stoker_contracts import control, events, inference, models, storage
+from stoker_contracts import control, events, inference, keeping, models, storage
 from stoker_contracts.codec import Contract, OpenEnum, pack_tokens
 from stoker_contracts.control import (
     AnnounceTerm,
+    CancelPrefetch,
     Demand,
     Done,
+    EvictModel,
     Failed,
     HeldModel,
     InstanceStatus,
+    LinkStatus,
+    Locate,
+    Located,
+    PrefetchModel,
     PrepareModel,
     Registered,
     RegisterModel,
@@ -30,6 +36,7 @@ from stoker_contracts.control import (
     StopInstance,
     StoreStatus,
     TierStatus,
+    WantPrefetch,
     WorkerStatus,
 )
 from stoker_contracts.events import CloudEvent
@@ -46,6 +53,7 @@ from stoker_contracts.inference import (
     Sampling,
     Wanted,
 )
+from stoker_contracts.keeping import Drop, Keep, KeeperHello, Keeping, Kept, Loaded
 from stoker_contracts.models import (
     Device,
     DeviceKind,
@@ -59,7 +67,7 @@ from stoker_contracts.models import (
 from stoker_contracts.storage import LeaseGranted, LeaseProgress, LeaseRefused, LeaseRequest, LeaseUsed
 
 FIXTURES = Path(__file__).parents[1] / "contract" / "fixtures"
-MODULES: tuple[ModuleType, ...] = (inference, control, events, storage, models)
+MODULES: tuple[ModuleType, ...] = (inference, control, events, storage, keeping, models)
 PARTS: tuple[type[Contract], ...] = (
     Sampling,
     Frame,
@@ -67,6 +75,7 @@ PARTS: tuple[type[Contract], ...] = (
     InstanceStatus,
     TierStatus,
     HeldModel,
+    LinkStatus,
     ModelOptions,
     ModelSpec,
     Device,
@@ -191,6 +200,29 @@ EXAMPLES: tuple[Contract, ...] = (
         ),
     ),
     Registered(model=MODEL, created=True, files=6, total_bytes=271_000_000),
+    WantPrefetch(
+        model_id="model-0001",
+        nodes=("node-1", "node-2"),
+        tier=Tier.SSD,
+        priority=-1,
+        budget_ms=30_000,
+        cancel=True,
+    ),
+    PrefetchModel(
+        model_id="model-0001", tier=Tier.DRAM, term=4, priority=2, budget_ms=30_000, sources=("node-2", "node-3")
+    ),
+    CancelPrefetch(model_id="model-0001", term=4),
+    EvictModel(model_id="model-0001", tier=Tier.SSD, term=4),
+    Locate(model_id="model-0001", node="node-1"),
+    Located(
+        node="node-2",
+        address="10.0.0.2:7443",
+        held_bytes=134_217_728,
+        total_bytes=269_060_552,
+        receiving=True,
+        upstream=("node-3", "node-4"),
+        serving=1,
+    ),
     CloudEvent(
         id="event-0001",
         source="/stoker/worker/node-1",
@@ -211,6 +243,12 @@ EXAMPLES: tuple[Contract, ...] = (
     ),
     LeaseRefused(code="tier_full", message="no room", retryable=True),
     LeaseUsed(load_ms=180.25, read_bytes=269_060_552),
+    KeeperHello(boot_id="boot-0002"),
+    Kept(loading=("inst-0001", "inst-0002"), kept=True),
+    Keep(),
+    Drop(),
+    Keeping(),
+    Loaded(instance_id="inst-0001"),
 )
 
 

@@ -100,6 +100,7 @@ class InstanceStatus(Contract, frozen=True):
     load_source: Tier = Tier.UNKNOWN  # the tier that the weights came from
     failure: str = ""  # why, when state is failed
     engine: str = ""
+    load_origin: str = ""  # of remote and peer: the kind of source (file, s3), or the peer's node
 
 
 class WorkerStatus(Contract, frozen=True, tag="worker_status"):
@@ -137,8 +138,16 @@ class TierStatus(Contract, frozen=True):
     read_bytes_per_s: float = 0.0
 
 
+class LinkStatus(Contract, frozen=True):
+    """What a storage agent has seen of its way to one peer: a robust average, 0 while unknown."""
+
+    peer: str  # node
+    read_bytes_per_s: float
+    read_bytes: int = 0  # since boot; only grows
+
+
 class HeldModel(Contract, frozen=True):
-    """How much of a model a node's tier holds."""
+    """How much of a model a node's tier holds; less than all of it while it arrives, or after part of it was lost."""
 
     model_id: str
     tier: Tier
@@ -158,6 +167,8 @@ class StoreStatus(Contract, frozen=True):
     tiers: tuple[TierStatus, ...]
     held: tuple[HeldModel, ...] = ()
     protocol: int = 0  # the sender's PROTOCOL_MINOR; a default is not sent, so this one stays 0 for ever
+    address: str = ""  # host:port where peers get chunks; empty: it serves none
+    links: tuple[LinkStatus, ...] = ()
 
 
 class RegisterModel(Contract, frozen=True):
@@ -167,7 +178,7 @@ class RegisterModel(Contract, frozen=True):
     """
 
     name: str
-    source: str  # file:///absolute/directory on that node
+    source: str  # file:///absolute/directory on that node, or s3://bucket/prefix
     options: ModelOptions = ModelOptions()
 
 
@@ -179,6 +190,68 @@ class Registered(Contract, frozen=True, tag="registered"):
 
 
 RegisterReply = Registered | Failed
+
+
+class WantPrefetch(Contract, frozen=True):
+    """Gateway → leader, on `scheduler.prefetch`: bring a model to nodes. Answered Done once ordered, or Failed. Retry-safe."""
+
+    model_id: str
+    nodes: tuple[str, ...] = ()  # empty: all that are live
+    tier: Tier = Tier.DRAM  # ssd | dram
+    priority: int = 0  # higher first
+    budget_ms: int = 0  # for it to begin; 0: no limit
+    cancel: bool = False  # give up instead what was wanted before
+
+
+class PrefetchModel(Contract, frozen=True):
+    """Leader → storage agent, on `store.<node>.prefetch`; answered Done once queued, or Failed.
+
+    Retry-safe: an order takes the place of an earlier one for the same model.
+    """
+
+    model_id: str
+    tier: Tier  # ssd | dram
+    term: int  # the leader's; lower than the highest seen is answered stale_term
+    priority: int = 0  # higher first, then the earlier deadline; a start goes before all
+    budget_ms: int = 0  # time left for it to begin when sent; 0: no limit
+    sources: tuple[str, ...] = ()  # nodes to take it from, best first; empty: whom the agent finds
+
+
+class CancelPrefetch(Contract, frozen=True):
+    """Leader → storage agent, on `store.<node>.cancel`; answered Done or Failed. Retry-safe: what is not queued is Done."""
+
+    model_id: str
+    term: int
+
+
+class EvictModel(Contract, frozen=True):
+    """Leader → storage agent, on `store.<node>.evict`; answered Done or Failed (`busy` while leased). Retry-safe."""
+
+    model_id: str
+    tier: Tier  # ssd | dram
+    term: int
+
+
+class Locate(Contract, frozen=True):
+    """Storage agent → storage agent, on `store.<node>.locate`; answered Located or Failed. Retry-safe."""
+
+    model_id: str
+    node: str  # who asks
+
+
+class Located(Contract, frozen=True, tag="located"):
+    """What a node could give of a model now. Chunks come in the order of the files, so held_bytes of them are the first."""
+
+    node: str
+    address: str  # host:port; empty: it serves none
+    held_bytes: int  # in either tier
+    total_bytes: int
+    receiving: bool = False  # more is on its way
+    upstream: tuple[str, ...] = ()  # nodes that it receives from, and those they do, nearest first
+    serving: int = 0  # transfers to peers in hand, of all models
+
+
+LocateReply = Located | Failed
 
 STATUS_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 3.0

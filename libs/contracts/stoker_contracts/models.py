@@ -18,7 +18,10 @@ class DeviceKind(OpenEnum):
 
 
 class Tier(OpenEnum):
+    """Where bytes of a model lie, slowest first. remote: the model's own source; peer: another node's storage agent."""
+
     REMOTE = "remote"
+    PEER = "peer"
     SSD = "ssd"
     DRAM = "dram"
     GPU = "gpu"
@@ -57,7 +60,7 @@ class ModelSpec(Contract, frozen=True):
 
     model_id: str  # one registration; never reused
     name: str  # what requests say
-    source: str  # file:///… now; where its files come from
+    source: str  # file:///directory or s3://bucket/prefix: where its files come from
     architecture: str  # e.g. LlamaForCausalLM
     dtype: str  # as run: bfloat16 | float16 | float32
     weight_bytes: int

@@ -4,9 +4,9 @@
     agent:    LeaseProgress …, then LeaseGranted or LeaseRefused
     instance: LeaseUsed (once the engine has its own copy), then closes
 
-With LeaseGranted, in the same sendmsg and by SCM_RIGHTS, come two descriptors if weights were asked for: the
-node's pool of memory (read-only) and the board of this load, which says which of its chunks hold the model and which
-of them are ready. The agent may still be reading: the board also says how that ends. Source: `stoker_checkpoint.load.attach`.
+With LeaseGranted, in the same sendmsg and by SCM_RIGHTS, come two descriptors: the node's pool of memory (read-only) and
+the board of this load, which says which of its chunks hold the model and which of them are ready. The agent may still be
+bringing the rest: the board also says how that ends. Source: `stoker_checkpoint.load.attach`.
 Where `ring` says so two more follow, for one consumer, who then leaves the others alone: a ring in the memory of the device
 that was asked for, into which the agent copies what is ready, and that ring's board. Source:
 `stoker_checkpoint.device_ring.attach_ring`.
@@ -24,7 +24,6 @@ from stoker_contracts.models import Tier
 class LeaseRequest(Contract, frozen=True):
     model_id: str
     instance_id: str
-    weights: bool = True  # False: the files alone, nothing is read into the pool
     device: str = ""  # a GPU that the weights are for, by NVML's UUID ("GPU-…"), if one process alone takes them
 
 
@@ -36,11 +35,12 @@ class LeaseProgress(Contract, frozen=True, tag="progress"):
 
 
 class LeaseGranted(Contract, frozen=True, tag="granted"):
-    path: str  # a Hugging Face directory on this node
-    source: Tier  # where the model was when the lease was asked for; dram: in the pool, or on its way there
+    path: str  # the model's folder on this node: its small files, and the manifest of its weights
+    source: Tier  # where the weights were when the lease was asked for; dram: in the pool, or on their way there
     total_bytes: int
     wait_ms: float  # from request to grant
     ring: bool = False  # False also where a device was asked for, and the agent can get no ring there
+    origin: str = ""  # of remote and peer: the kind of source (file, s3), or the peer's node
 
 
 class LeaseRefused(Contract, frozen=True, tag="refused"):

@@ -22,6 +22,7 @@ def gateway_frames(gateway_id: str) -> str:
 
 
 SCHEDULER_DEMAND = f"{PREFIX}.scheduler.demand"
+SCHEDULER_PREFETCH = f"{PREFIX}.scheduler.prefetch"
 
 
 def worker_start(node: str) -> str:
@@ -42,6 +43,22 @@ def worker_term(node: str) -> str:
 
 def store_register(node: str) -> str:
     return f"{PREFIX}.store.{node}.register"
+
+
+def store_prefetch(node: str) -> str:
+    return f"{PREFIX}.store.{node}.prefetch"
+
+
+def store_cancel(node: str) -> str:
+    return f"{PREFIX}.store.{node}.cancel"
+
+
+def store_evict(node: str) -> str:
+    return f"{PREFIX}.store.{node}.evict"
+
+
+def store_locate(node: str) -> str:
+    return f"{PREFIX}.store.{node}.locate"
 
 
 def status_worker(node: str) -> str:

@@ -363,6 +363,40 @@ class StorageFailed(StokerError):
         super().__init__(f"{path}: {reason}")
 
 
+class SourceUnavailable(StokerError):
+    """Where a model's files come from does not answer, or breaks off."""
+
+    code = "source_unavailable"
+    retryable = True
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source, self.reason = source, reason
+        super().__init__(f"{source}: {reason}")
+
+
+class SourceDenied(StokerError):
+    """Where a model's files come from refuses access to them."""
+
+    code = "source_denied"
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source, self.reason = source, reason
+        super().__init__(f"{source}: {reason}")
+
+
+class PeerFailed(SourceUnavailable):
+    """Another node's storage agent cannot give what it was asked for, or gives something else."""
+
+    code = "peer_failed"
+
+
+class NotHeld(StokerError):
+    """A storage agent does not hold the chunk that was asked for."""
+
+    code = "not_held"
+    retryable = True
+
+
 class NoNode(StokerError):
     """No live node can do this."""
 

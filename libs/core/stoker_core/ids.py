@@ -20,6 +20,11 @@ class Ids(Protocol):
         ...
 
 
+def jitter() -> float:
+    """A fresh random number, at least 0 and below 1."""
+    return int.from_bytes(os.urandom(2), "big") / 0x10000
+
+
 def _base32(value: int, length: int) -> str:
     digits = []
     for _ in range(length):
