@@ -88,6 +88,22 @@ async def test_migrating_down_leaves_no_table_and_up_again_works(postgres_url: s
     assert await tables(postgres_url) == {"alembic_version", *metadata.tables}
 
 
+async def test_the_second_version_keeps_what_the_first_one_held_and_can_be_undone(postgres_url: str) -> None:
+    await downgrade(postgres_url, "0001")
+    await execute(postgres_url, "INSERT INTO models VALUES ('m1', 'tiny', 'LlamaForCausalLM', 1, '{}')")
+    await execute(postgres_url, "INSERT INTO model_files VALUES ('m1', 'config.json', 2, 'sha256:c0', '{}')")
+    await execute(postgres_url, "INSERT INTO placements VALUES ('m1', 'a', 'ssd', 1)")
+    await upgrade(postgres_url)
+    assert await execute(postgres_url, "SELECT manifest FROM models") == [(b"",)]
+    assert await execute(postgres_url, "SELECT digest, version, chunk_digests FROM model_files") == [
+        ("sha256:c0", "", [])
+    ]
+    await execute(postgres_url, "INSERT INTO placements VALUES ('m1', 'a', 'peer', 1)")
+    await downgrade(postgres_url, "0001")
+    assert await execute(postgres_url, "SELECT tier FROM placements") == [("ssd",)]
+    assert await execute(postgres_url, "SELECT model_id, digest FROM model_files") == [("m1", "sha256:c0")]
+
+
 async def test_a_migration_that_fails_leaves_the_database_as_it_was(empty_postgres_url: str) -> None:
     await execute(empty_postgres_url, "CREATE TABLE leader (mine text)")
     with pytest.raises(Exception, match="leader"):

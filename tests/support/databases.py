@@ -52,7 +52,12 @@ class PostgresKind:
         self.other: Database = other
 
     async def age(self, seconds: float) -> None:
-        stamps = {"tier_metrics": "sampled_at", "load_observations": "observed_at", "instances": "created_at"}
+        stamps = {
+            "tier_metrics": "sampled_at",
+            "link_metrics": "sampled_at",
+            "load_observations": "observed_at",
+            "instances": "created_at",
+        }
         for table, column in stamps.items():
             await execute(self._url, f"UPDATE {table} SET {column} = {column} - interval '{seconds} seconds'")
 

@@ -23,9 +23,17 @@ def check_files(files: Sequence[ModelFile]) -> None:
         seen.add(file.path)
 
 
-def check_digests(bound: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Raises CorruptCheckpoint if one of `digests` differs from what is `bound` to its path ('': nothing yet)."""
-    for path, digest in sorted(digests.items()):
-        known = bound.get(path, "")
-        if known and known != digest:
-            raise CorruptCheckpoint(path, f"has digest {digest}; {known} was registered")
+def check_chunks(bound: Mapping[str, Sequence[str]], digests: Mapping[str, Sequence[str]]) -> None:
+    """Raises CorruptCheckpoint if one of `digests` differs from what is `bound` to its path (empty: nothing yet)."""
+    for path, found in sorted(digests.items()):
+        known = bound.get(path, ())
+        if not known:
+            continue
+        for chunk, (digest, registered) in enumerate(zip(found, known, strict=False)):
+            if digest != registered:
+                raise CorruptCheckpoint(path, f"chunk {chunk} has digest {digest}; {registered} was registered")
+        if len(found) != len(known):
+            first = min(len(found), len(known))
+            raise CorruptCheckpoint(
+                path, f"differs from chunk {first} on: it has {len(found)} chunks; {len(known)} were registered"
+            )

@@ -5,56 +5,31 @@ Several clients share one MemoryDatabase. No method awaits between reading and w
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import msgspec
 
-from stoker_contracts.control import TierStatus
-from stoker_contracts.models import LIVE_STATES, InstanceState, ModelSpec, StartPhases, Tier
+from stoker_contracts.models import LIVE_STATES, InstanceState, ModelSpec, StartPhases
 from stoker_core.clock import Clock, SystemClock
 from stoker_core.errors import (
-    DatabaseUnavailable,
     LeadershipLost,
     ModelExists,
     ModelNotFound,
     NodeTaken,
     StaleTerm,
 )
-from stoker_db.checks import check_digests, check_files
-from stoker_db.ports import InstanceRow, LoadObservation, ModelFile, NodeRow, Placement
-
-_KEPT_MAX = 100_000
-"""Samples and observations kept at most, the newest: a simulation of days may never prune."""
-
-
-class _State:
-    """What all clients share: the rows, the clock, who leads, and whether the database answers."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.available = True
-        self.models: dict[str, ModelSpec] = {}  # by name
-        self.files: dict[str, dict[str, ModelFile]] = {}  # by model id, then path
-        self.nodes: dict[str, NodeRow] = {}
-        self.instances: dict[str, InstanceRow] = {}
-        self.placements: dict[tuple[str, str, Tier], Placement] = {}
-        self.samples: deque[tuple[datetime, str, TierStatus]] = deque(maxlen=_KEPT_MAX)
-        self.observations: deque[tuple[datetime, LoadObservation]] = deque(maxlen=_KEPT_MAX)
-        self.term = 0
-        self.leads: MemoryLeadership | None = None
-
-    def check(self) -> None:
-        if not self.available:
-            raise DatabaseUnavailable
+from stoker_db.checks import check_chunks, check_files
+from stoker_db.memory_state import State
+from stoker_db.memory_tiers import MemoryTiers
+from stoker_db.ports import InstanceRow, ModelFile, NodeRow
 
 
 class MemoryDatabase:
     """Implements stoker_db.ports.Database. `go_down` and `come_up` stand for a restart of the server."""
 
     def __init__(self, clock: Clock | None = None) -> None:
-        self._state = _State(clock or SystemClock())
+        self._state = State(clock or SystemClock())
         self.models = MemoryModels(self._state)
         self.nodes = MemoryNodes(self._state)
         self.instances = MemoryInstances(self._state)
@@ -81,10 +56,10 @@ class MemoryDatabase:
 class MemoryModels:
     """Implements stoker_db.ports.Models."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
-    async def add(self, spec: ModelSpec, files: Sequence[ModelFile]) -> None:
+    async def add(self, spec: ModelSpec, files: Sequence[ModelFile], manifest: bytes = b"") -> None:
         """Also raises RefusedCheckpoint for files that `check_files` refuses."""
         self._state.check()
         check_files(files)
@@ -92,6 +67,7 @@ class MemoryModels:
             raise ModelExists(spec.name)
         self._state.models[spec.name] = spec
         self._state.files[spec.model_id] = {file.path: file for file in files}
+        self._state.manifests[spec.model_id] = manifest
 
     async def get(self, name: str) -> ModelSpec:
         self._state.check()
@@ -108,13 +84,17 @@ class MemoryModels:
         files = [file for _, file in sorted(self._state.files.get(model_id, {}).items())]
         return files if with_content else [msgspec.structs.replace(file, content=None) for file in files]
 
-    async def bind_digests(self, model_id: str, digests: dict[str, str]) -> None:
-        """All or none. Paths that the model does not have (it may have been deleted meanwhile) are left out."""
+    async def manifest(self, model_id: str) -> bytes:
+        self._state.check()
+        return self._state.manifests.get(model_id, b"")
+
+    async def bind_chunks(self, model_id: str, digests: dict[str, tuple[str, ...]]) -> None:
+        """Paths that the model does not have are left out."""
         self._state.check()
         files = self._state.files.get(model_id, {})
-        check_digests({path: file.digest for path, file in files.items() if path in digests}, digests)
+        check_chunks({path: file.chunk_digests for path, file in files.items() if path in digests}, digests)
         for path in files.keys() & digests.keys():
-            files[path] = msgspec.structs.replace(files[path], digest=digests[path])
+            files[path] = msgspec.structs.replace(files[path], chunk_digests=tuple(digests[path]))
 
     async def delete(self, name: str) -> ModelSpec:
         self._state.check()
@@ -122,6 +102,7 @@ class MemoryModels:
         if spec is None:
             raise ModelNotFound(name)
         del self._state.files[spec.model_id]
+        del self._state.manifests[spec.model_id]
         for key in [key for key in self._state.placements if key[0] == spec.model_id]:
             del self._state.placements[key]
         return spec
@@ -130,7 +111,7 @@ class MemoryModels:
 class MemoryNodes:
     """Implements stoker_db.ports.Nodes."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
     async def register(self, node: NodeRow, *, replaces: str | None) -> None:
@@ -159,7 +140,7 @@ class MemoryNodes:
 class MemoryInstances:
     """Implements stoker_db.ports.Instances."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
     async def desire(self, row: InstanceRow) -> None:
@@ -212,62 +193,10 @@ def _is_live(row: InstanceRow) -> bool:
     return row.actual in LIVE_STATES or wanted
 
 
-class MemoryTiers:
-    """Implements stoker_db.ports.Tiers."""
-
-    def __init__(self, state: _State) -> None:
-        self._state = state
-
-    async def place(self, placement: Placement) -> None:
-        """A placement of a model that has been deleted meanwhile is left out."""
-        self._state.check()
-        key = (placement.model_id, placement.node, placement.tier)
-        if placement.held_bytes == 0:
-            self._state.placements.pop(key, None)
-        elif placement.model_id in self._state.files:
-            self._state.placements[key] = placement
-
-    async def placements(self, model_id: str | None = None) -> list[Placement]:
-        """Ordered by model, node, tier."""
-        self._state.check()
-        placements = [placement for _, placement in sorted(self._state.placements.items())]
-        return [p for p in placements if model_id in (None, p.model_id)]
-
-    async def sample(self, node: str, tiers: Sequence[TierStatus]) -> None:
-        self._state.check()
-        now = self._state.clock.utc()
-        self._state.samples.extend((now, node, tier) for tier in tiers)
-
-    async def latest(self) -> list[tuple[str, TierStatus]]:
-        """Ordered by node, tier."""
-        self._state.check()
-        newest = {(node, tier.tier): tier for _, node, tier in self._state.samples}
-        return [(node, tier) for (node, _), tier in sorted(newest.items(), key=lambda item: item[0])]
-
-    async def observe(self, observation: LoadObservation) -> None:
-        self._state.check()
-        self._state.observations.append((self._state.clock.utc(), observation))
-
-    async def observations(self, limit: int = 100) -> list[LoadObservation]:
-        self._state.check()
-        return [observation for _, observation in reversed(self._state.observations)][:limit]
-
-    async def prune(self, *, keep_s: float) -> int:
-        self._state.check()
-        before = self._state.clock.utc() - timedelta(seconds=keep_s)
-        samples, observations = self._state.samples, self._state.observations
-        count = len(samples) + len(observations)
-        while samples and samples[0][0] <= before:
-            samples.popleft()
-        while observations and observations[0][0] <= before:
-            observations.popleft()
-        return count - len(samples) - len(observations)
-
-
 class MemoryLeadership:
     """Implements stoker_db.ports.Leadership."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
     async def acquire(self, leader_id: str) -> int | None:

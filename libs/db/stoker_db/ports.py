@@ -12,21 +12,25 @@ from typing import Protocol
 
 import msgspec
 
-from stoker_contracts.control import TierStatus
+from stoker_contracts.control import LinkStatus, TierStatus
 from stoker_contracts.models import Device, InstanceState, ModelSpec, StartPhases, Tier
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a model.
 
-    path: relative, no '..'.  digest: 'sha256:…' once known, then binding; '' before the first arrival.
+    path: relative, no '..'.  digest: 'sha256:…' of a small file; '' for weights.
     content: the bytes of small files (tokenizer, configuration), so that a gateway needs no node; None for weights.
+    version: of weights, what their source calls their contents (S3: the ETag); '' where it has no such thing.
+    chunk_digests: of weights, of each chunk in order; empty before the first arrival, then binding.
     """
 
     path: str
     size_bytes: int
     digest: str = ""
     content: bytes | None = None
+    version: str = ""
+    chunk_digests: tuple[str, ...] = ()
 
 
 class InstanceRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,17 +65,20 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadObservation(msgspec.Struct, frozen=True, kw_only=True):
+    """What one load took. origin: of remote and peer, the kind of source or the peer's node; '' otherwise."""
+
     model_id: str
     node: str
     source: Tier
     read_bytes: int
     load_ms: float
     wait_ms: float
+    origin: str = ""
 
 
 class Models(Protocol):
-    async def add(self, spec: ModelSpec, files: Sequence[ModelFile]) -> None:
-        """Raises ModelExists if the name is taken."""
+    async def add(self, spec: ModelSpec, files: Sequence[ModelFile], manifest: bytes = b"") -> None:
+        """manifest: what the headers of its weights say, as its storage agents encode it. Raises ModelExists if the name is taken."""
         ...
 
     async def get(self, name: str) -> ModelSpec:
@@ -86,10 +93,15 @@ class Models(Protocol):
         """Ordered by path; contents left out unless asked for. Empty for an unknown model."""
         ...
 
-    async def bind_digests(self, model_id: str, digests: dict[str, str]) -> None:
-        """Set digests of files (path → digest) that have none yet; a digest that is set stays.
+    async def manifest(self, model_id: str) -> bytes:
+        """As it was added; empty for an unknown model."""
+        ...
 
-        Raises CorruptCheckpoint if one that is set differs.
+    async def bind_chunks(self, model_id: str, digests: dict[str, tuple[str, ...]]) -> None:
+        """Set the digests of chunks of files (path → in order) that have none yet; those that are set stay. All or none.
+
+        Nothing happens to a model that is unknown: it was deleted meanwhile.
+        Raises CorruptCheckpoint naming a file's first chunk that differs from what is set.
         """
         ...
 
@@ -145,12 +157,16 @@ class Tiers(Protocol):
 
     async def placements(self, model_id: str | None = None) -> list[Placement]: ...
 
-    async def sample(self, node: str, tiers: Sequence[TierStatus]) -> None:
-        """Store one sample of tier metrics."""
+    async def sample(self, node: str, tiers: Sequence[TierStatus], links: Sequence[LinkStatus] = ()) -> None:
+        """Store one sample of a node's tiers and of its links to peers."""
         ...
 
     async def latest(self) -> list[tuple[str, TierStatus]]:
         """(node, newest sample of each of its tiers)."""
+        ...
+
+    async def links(self) -> list[tuple[str, LinkStatus]]:
+        """(node, newest sample of each of its links)."""
         ...
 
     async def observe(self, observation: LoadObservation) -> None: ...

@@ -71,11 +71,15 @@ models = Table(
     Column("architecture", Text, nullable=False),
     Column("weight_bytes", BigInteger, nullable=False),
     Column("spec", JSONB, nullable=False),
+    Column("manifest", LargeBinary, nullable=False, server_default=""),
     _when("created_at"),
     UniqueConstraint("name"),
     *_not_negative("weight_bytes"),
 )
-"""Registered models. What is queried has a column; `spec` is the whole ModelSpec, every field spelled out."""
+"""Registered models. What is queried has a column; `spec` is the whole ModelSpec, every field spelled out.
+
+manifest: what the headers of its weights say, encoded by whoever registered it; Postgres only keeps it.
+"""
 
 model_files = Table(
     "model_files",
@@ -85,9 +89,14 @@ model_files = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("digest", Text, nullable=False, server_default=""),
     Column("content", LargeBinary),
+    Column("version", Text, nullable=False, server_default=""),
+    Column("chunk_digests", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     *_not_negative("size_bytes"),
 )
-"""The files of each model: weights by size and digest ('' until the first arrival), small files with their bytes."""
+"""The files of each model: small files with their bytes, weights by size and by the digests of their chunks.
+
+chunk_digests: empty until the first arrival, then binding.  version: at the source, '' where it has none.
+"""
 
 nodes = Table(
     "nodes",
@@ -177,6 +186,22 @@ tier_metrics = Table(
 Index(None, tier_metrics.c.node, tier_metrics.c.tier, tier_metrics.c.id)
 Index(None, tier_metrics.c.sampled_at)
 
+link_metrics = Table(
+    "link_metrics",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("node", _NAME, nullable=False),
+    Column("peer", _NAME, nullable=False),
+    Column("read_bytes", BigInteger, nullable=False),
+    Column("read_bytes_per_s", Double, nullable=False),
+    _when("sampled_at"),
+    *_not_negative("read_bytes", "read_bytes_per_s"),
+)
+"""Samples of what each node saw of its way to each peer that it read from, until pruned."""
+
+Index(None, link_metrics.c.node, link_metrics.c.peer, link_metrics.c.id)
+Index(None, link_metrics.c.sampled_at)
+
 load_observations = Table(
     "load_observations",
     metadata,
@@ -187,11 +212,12 @@ load_observations = Table(
     Column("read_bytes", BigInteger, nullable=False),
     Column("load_ms", Double, nullable=False),
     Column("wait_ms", Double, nullable=False),
+    Column("origin", Text, nullable=False, server_default=""),
     _when("observed_at"),
     _one_of("source", Tier),
     *_not_negative("read_bytes", "load_ms", "wait_ms"),
 )
-"""What each load took in fact: bandwidths are learned from these, until pruned."""
+"""What each load took in fact: bandwidths are learned from these, until pruned. origin: of remote and peer, else ''."""
 
 Index(None, load_observations.c.observed_at)
 

@@ -10,10 +10,12 @@ from sqlalchemy.dialects.postgresql import insert
 
 from stoker_contracts.models import ModelSpec
 from stoker_core.errors import ModelExists, ModelNotFound
-from stoker_db.checks import check_digests, check_files
+from stoker_db.checks import check_chunks, check_files
 from stoker_db.pg.session import Session
 from stoker_db.ports import ModelFile
 from stoker_db.tables import model_files, models
+
+_FILE = [model_files.c[name] for name in ModelFile.__struct_fields__ if name != "content"]
 
 
 class PgModels:
@@ -22,7 +24,7 @@ class PgModels:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    async def add(self, spec: ModelSpec, files: Sequence[ModelFile]) -> None:
+    async def add(self, spec: ModelSpec, files: Sequence[ModelFile], manifest: bytes = b"") -> None:
         """Also raises RefusedCheckpoint for files that `check_files` refuses."""
         check_files(files)
         row = insert(models).values(
@@ -32,6 +34,7 @@ class PgModels:
             weight_bytes=spec.weight_bytes,
             # Spelled out: a message leaves defaults out, but a stored model must not change with a later default.
             spec=msgspec.structs.asdict(spec),
+            manifest=manifest,
         )
         async with self._session.transaction() as connection:
             added = await connection.execute(
@@ -57,31 +60,32 @@ class PgModels:
 
     async def files(self, model_id: str, *, with_content: bool) -> list[ModelFile]:
         content = model_files.c.content if with_content else null().cast(LargeBinary).label("content")
-        query = (
-            select(model_files.c.path, model_files.c.size_bytes, model_files.c.digest, content)
-            .where(model_files.c.model_id == model_id)
-            .order_by(model_files.c.path)
-        )
+        query = select(*_FILE, content).where(model_files.c.model_id == model_id).order_by(model_files.c.path)
         async with self._session.transaction() as connection:
             rows = (await connection.execute(query)).all()
-        return [ModelFile(path=r.path, size_bytes=r.size_bytes, digest=r.digest, content=r.content) for r in rows]
+        return [msgspec.convert(row, ModelFile, from_attributes=True) for row in rows]
 
-    async def bind_digests(self, model_id: str, digests: dict[str, str]) -> None:
-        """All or none. Paths that the model does not have (it may have been deleted meanwhile) are left out."""
+    async def manifest(self, model_id: str) -> bytes:
+        query = select(models.c.manifest).where(models.c.model_id == model_id)
+        async with self._session.transaction() as connection:
+            return (await connection.execute(query)).scalar_one_or_none() or b""
+
+    async def bind_chunks(self, model_id: str, digests: dict[str, tuple[str, ...]]) -> None:
+        """Paths that the model does not have are left out."""
         of_model = model_files.c.model_id == model_id
         # Locked in one order, so that two agents which bind at once neither deadlock nor overwrite.
         query = (
-            select(model_files.c.path, model_files.c.digest)
+            select(model_files.c.path, model_files.c.chunk_digests)
             .where(of_model, model_files.c.path.in_(digests))
             .order_by(model_files.c.path)
             .with_for_update()
         )
         async with self._session.transaction() as connection:
-            bound = {row.path: row.digest for row in (await connection.execute(query)).all()}
-            check_digests(bound, digests)
-            for path in (path for path, digest in bound.items() if not digest):
+            bound = {row.path: row.chunk_digests for row in (await connection.execute(query)).all()}
+            check_chunks(bound, digests)
+            for path in (path for path, known in bound.items() if not known):
                 change = update(model_files).where(of_model, model_files.c.path == path)
-                await connection.execute(change.values(digest=digests[path]))
+                await connection.execute(change.values(chunk_digests=list(digests[path])))
 
     async def delete(self, name: str) -> ModelSpec:
         async with self._session.transaction() as connection:

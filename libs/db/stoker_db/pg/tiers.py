@@ -9,13 +9,14 @@ import msgspec
 from sqlalchemy import delete, func, literal, select
 from sqlalchemy.dialects.postgresql import distinct_on, insert
 
-from stoker_contracts.control import TierStatus
+from stoker_contracts.control import LinkStatus, TierStatus
 from stoker_contracts.models import Tier
 from stoker_db.pg.session import Session
 from stoker_db.ports import LoadObservation, Placement
-from stoker_db.tables import load_observations, models, placements, tier_metrics
+from stoker_db.tables import link_metrics, load_observations, models, placements, tier_metrics
 
 _SAMPLE = [tier_metrics.c[name] for name in TierStatus.__struct_fields__]
+_LINK = [link_metrics.c[name] for name in LinkStatus.__struct_fields__]
 _OBSERVATION = [load_observations.c[name] for name in LoadObservation.__struct_fields__]
 
 
@@ -61,12 +62,15 @@ class PgTiers:
             rows = (await connection.execute(query)).all()
         return [Placement(model_id=r.model_id, node=r.node, tier=Tier(r.tier), held_bytes=r.held_bytes) for r in rows]
 
-    async def sample(self, node: str, tiers: Sequence[TierStatus]) -> None:
-        if not tiers:
+    async def sample(self, node: str, tiers: Sequence[TierStatus], links: Sequence[LinkStatus] = ()) -> None:
+        of_tiers = [{"node": node, **msgspec.structs.asdict(tier)} for tier in tiers]
+        of_links = [{"node": node, **msgspec.structs.asdict(link)} for link in links]
+        written = [(table, rows) for table, rows in ((tier_metrics, of_tiers), (link_metrics, of_links)) if rows]
+        if not written:
             return
-        rows = [{"node": node, **msgspec.structs.asdict(tier)} for tier in tiers]
         async with self._session.transaction() as connection:
-            await connection.execute(insert(tier_metrics), rows)
+            for table, rows in written:
+                await connection.execute(insert(table), rows)
 
     async def latest(self) -> list[tuple[str, TierStatus]]:
         """Ordered by node, tier."""
@@ -79,6 +83,18 @@ class PgTiers:
         async with self._session.transaction() as connection:
             rows = (await connection.execute(query)).all()
         return [(row.node, msgspec.convert(row, TierStatus, from_attributes=True)) for row in rows]
+
+    async def links(self) -> list[tuple[str, LinkStatus]]:
+        """Ordered by node, peer."""
+        table = link_metrics.c
+        query = (
+            select(table.node, *_LINK)
+            .ext(distinct_on(table.node, table.peer))
+            .order_by(table.node, table.peer, table.id.desc())
+        )
+        async with self._session.transaction() as connection:
+            rows = (await connection.execute(query)).all()
+        return [(row.node, msgspec.convert(row, LinkStatus, from_attributes=True)) for row in rows]
 
     async def observe(self, observation: LoadObservation) -> None:
         async with self._session.transaction() as connection:
@@ -94,5 +110,6 @@ class PgTiers:
         before = func.now() - timedelta(seconds=keep_s)
         async with self._session.transaction() as connection:
             samples = await connection.execute(delete(tier_metrics).where(tier_metrics.c.sampled_at <= before))
+            links = await connection.execute(delete(link_metrics).where(link_metrics.c.sampled_at <= before))
             loads = await connection.execute(delete(load_observations).where(load_observations.c.observed_at <= before))
-        return samples.rowcount + loads.rowcount
+        return samples.rowcount + links.rowcount + loads.rowcount
