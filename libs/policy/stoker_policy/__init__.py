@@ -1,10 +1,14 @@
-"""What to run where: pure functions from a frozen `Cluster` to a list of commands. No clock, no chance, no I/O."""
+"""What to run where, and where its weights come from: pure functions from frozen facts. No clock, no chance, no I/O."""
 
 from stoker_policy.cluster import Cluster, DemandView, FailureView, HeldView, InstanceView, NodeView
 from stoker_policy.commands import Command, Prepare, Reject, Start, Stop
 from stoker_policy.decide import decide
+from stoker_policy.evict import Candidate, choose_victims
+from stoker_policy.fanout import plan_fanout
+from stoker_policy.sources import order_sources
 
 __all__ = [
+    "Candidate",
     "Cluster",
     "Command",
     "DemandView",
@@ -16,5 +20,8 @@ __all__ = [
     "Reject",
     "Start",
     "Stop",
+    "choose_victims",
     "decide",
+    "order_sources",
+    "plan_fanout",
 ]

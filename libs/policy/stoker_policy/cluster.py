@@ -12,7 +12,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HeldView(View, frozen=True):
-    """How much of a model the nearest tier of a node holds."""
+    """How much of a model a tier of a node holds; less than all of it while it arrives or after a part was lost."""
 
     model_id: str
     held_bytes: int
@@ -41,6 +41,7 @@ class NodeView(View, frozen=True):
         return self.answered and not self.silent and not self.draining
 
     def held_bytes(self, model_id: str) -> int:
+        """In the tier that holds most of it: two tiers may hold the same part."""
         return max((h.held_bytes for h in self.held if h.model_id == model_id), default=0)
 
 
