@@ -33,7 +33,7 @@ def test_without_its_agent_it_fails_and_uses_nothing(directory: Path) -> None:
 
 def test_a_lease_on_something_else_is_refused(directory: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", shards=3, tokenizer=False)
-    with lent(other) as lease:
-        lease.path = directory
+    with lent(other) as lease, lent(directory) as another:
+        lease.path = another.path
         with pytest.raises(InvalidMessage):
             SimEngine(model_spec(), lease, step_s=0.0)

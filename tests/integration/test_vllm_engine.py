@@ -40,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         spec = model_spec(engine=EngineKind.VLLM, dtype="float32", max_model_len=CONTEXT, kv_cache_bytes=16 << 20)
         with lent(path) as lease:
             engine = VllmEngine(
-                spec, path, lease=lease, device=DeviceKind.CPU, device_bytes=1 << 30, batched_tokens_max=64
+                spec, lease.path, lease=lease, device=DeviceKind.CPU, device_bytes=1 << 30, batched_tokens_max=64
             )
             assert lease.load_ms == engine.load_ms > 0, "it ends its lease"
             yield engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.support.vllm_tokens import TOKENS, Case, outcomes
 
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
-from stoker_core.errors import InvalidSettings, LoadCancelled, RefusedCheckpoint
+from stoker_core.errors import CorruptCheckpoint, InvalidSettings, LoadCancelled, RefusedCheckpoint
 
 PROMPTS = ((1, 5, 6, 7), (300,), (11, 400, 12, 33, 2, 17), tuple(range(3, 60)))
 WAIT_S = 60.0
@@ -34,11 +35,15 @@ def same_tokens(cache: Path, directory: Path, *more: dict[str, int]) -> None:
     The leased pool is overwritten as soon as `load_weights` has ended.  more: options, a case each.
     """
 
-    def case(load_format: str, options: dict[str, int]) -> Case:
-        return Case(path=str(directory), load_format=load_format, prompts=PROMPTS, options=options)
+    def case(path: Path, load_format: str, options: dict[str, int]) -> Case:
+        return Case(path=str(path), load_format=load_format, prompts=PROMPTS, options=options)
 
     with lent(directory) as given, given.ended_when_used_elsewhere():
-        cases = [case("safetensors", {}), case("stoker", given.options), *(case("stoker", options) for options in more)]
+        cases = [
+            case(directory, "safetensors", {}),
+            case(given.path, "stoker", given.options),
+            *(case(directory, "stoker", options) for options in more),
+        ]
         own, *ours = outcomes(cache, cases, pass_fds=given.options.values())
     assert own.error == ""
     assert [len(tokens) for tokens in own.tokens] == [TOKENS] * len(PROMPTS)
@@ -59,7 +64,7 @@ def test_tensor_parallel_ranks_share_one_read_and_slice_it(tmp_path: Path) -> No
     directory = write_tiny_model(tmp_path / "model", hidden=128, shards=2, dtype="float32", tokenizer=False)
     with lent(directory) as given:
         one = Case(path=str(directory), load_format="safetensors", prompts=PROMPTS)
-        two = Case(path=str(directory), load_format="stoker", prompts=PROMPTS, options=given.options, ranks=2)
+        two = Case(path=str(given.path), load_format="stoker", prompts=PROMPTS, options=given.options, ranks=2)
         own, shared = outcomes(tmp_path / "cache", [one, two], pass_fds=given.options.values())
     assert (own.error, shared.error) == ("", "")
     assert shared.tokens == own.tokens
@@ -72,6 +77,27 @@ def test_smollm2_says_the_same_as_with_vllms_own_loader(tmp_path: Path) -> None:
     if not made:
         pytest.skip("the demo model was never made here")
     same_tokens(tmp_path / "cache", made[0])
+
+
+def test_vllm_finds_in_a_leased_folder_what_it_finds_in_shards(directory: Path, vllm_config: Any) -> None:
+    from vllm.transformers_utils.config import checkpoint_has_lm_head, get_safetensors_params_metadata
+
+    with lent(directory) as given:
+        found = get_safetensors_params_metadata(str(given.path))
+        found.pop("__metadata__", None)  # vLLM takes it for one of the tensors
+        assert set(found) == set(arrays())
+        of_shards = get_safetensors_params_metadata(str(directory))
+        assert found == {name: of_shards[name] for name in arrays()}
+        assert checkpoint_has_lm_head(str(given.path)) is False
+
+
+@pytest.mark.timeout(300)
+def test_an_own_lm_head_counts_though_the_configuration_says_it_is_tied(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "model", dtype="float32", tokenizer=False)
+    config = json.loads((directory / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    same_tokens(tmp_path / "cache", directory)
 
 
 def test_importing_the_plug_in_imports_neither_vllm_nor_torch() -> None:
@@ -159,7 +185,7 @@ def test_tensors_that_a_model_keeps_stay_as_they_are_when_the_pool_is_used_for_o
 ) -> None:
     model = keeper()
     with lent(directory) as given:
-        loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        loader_of(load_config(given.options)).load_weights(model, model_config(given.path))
         given.end()
         assert set(model.kept) == set(arrays())
         for name, tensor in model.kept.items():
@@ -177,7 +203,7 @@ def test_a_load_is_reported_once_nothing_reads_from_the_lease_any_more(vllm_conf
             given.end()
 
         with when_loaded(loaded):
-            loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+            loader_of(load_config(given.options)).load_weights(model, model_config(given.path))
         assert len(reported) == 1
         np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
 
@@ -195,12 +221,14 @@ def test_a_pool_of_its_own_goes_with_the_load(vllm_config: Any, directory: Path)
     np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
 
 
-def test_a_reload_reads_the_directory_once_the_lease_was_used(vllm_config: Any, directory: Path) -> None:
+def test_a_reload_needs_a_directory_with_shards_once_the_lease_was_used(vllm_config: Any, directory: Path) -> None:
     config = load_config({})
     with lent(directory) as given:
         config.model_loader_extra_config = given.options
-        loader_of(config).load_weights(keeper(), model_config(directory))
+        loader_of(config).load_weights(keeper(), model_config(given.path))
         given.end()
+        with pytest.raises(CorruptCheckpoint, match="outside its 0 bytes"):
+            next(loader_of(config).get_all_weights(model_config(given.path), keeper()))
         model = keeper()
         again = loader_of(config).get_all_weights(model_config(directory), model)
         model.load_weights(again)
@@ -212,7 +240,7 @@ def test_a_reload_takes_what_is_leased_while_it_is(vllm_config: Any, directory: 
     model = keeper()
     with lent(directory) as given:
         given.end()  # only who reads the pool sees other bytes
-        model.load_weights(loader_of(load_config(given.options)).get_all_weights(model_config(directory), model))
+        model.load_weights(loader_of(load_config(given.options)).get_all_weights(model_config(given.path), model))
     assert set(model.kept["a"].numpy().tobytes()) == set(OTHER_BYTES)
 
 
@@ -234,7 +262,7 @@ def test_weights_that_a_model_or_a_rank_does_not_use_are_left_out(
     with lent(directory) as given:
         loader = loader_of(load_config(given.options if leased else {}))
         loader.local_expert_ids = {1}
-        loader.load_weights(model, model_config(directory))
+        loader.load_weights(model, model_config(given.path if leased else directory))
     assert set(model.kept) == {"a", "sliced.b", "c.experts.1.weight"}
     np.testing.assert_array_equal(model.kept["c.experts.1.weight"].numpy(), expected("c.experts.1.weight"))
 
@@ -250,7 +278,7 @@ def test_further_checkpoints_of_a_model_are_read_from_their_own_directories(
     model = keeper()
     model.secondary_weights = [DefaultModelLoader.Source(str(tower), None, prefix="tower.")]
     with lent(directory) as given:
-        loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        loader_of(load_config(given.options)).load_weights(model, model_config(given.path))
         given.end()
     assert set(model.kept) == {*arrays(), "tower.w"}
     assert model.kept["tower.w"].tolist() == [1.0, 2.0]
@@ -286,13 +314,13 @@ def test_a_load_goes_on_without_its_agent_if_all_was_read(vllm_config: Any, dire
     model = keeper()
     with lent(directory) as given:
         given.agent.close()
-        loader_of(load_config(given.options)).load_weights(model, model_config(directory))
+        loader_of(load_config(given.options)).load_weights(model, model_config(given.path))
         np.testing.assert_array_equal(model.kept["a"].numpy(), expected("a"))
 
 
 def test_a_load_whose_agent_dies_before_all_was_read_ends(vllm_config: Any, directory: Path) -> None:
     with abandoned(directory) as given, pytest.raises(LoadCancelled):
-        loader_of(load_config(given.options)).load_weights(keeper(), model_config(directory))
+        loader_of(load_config(given.options)).load_weights(keeper(), model_config(given.path))
 
 
 def by_ring(directory: Path) -> None:
@@ -314,7 +342,7 @@ def by_ring(directory: Path) -> None:
         feeder = _native.Feeder(ring, board, given.pool.native, spans)
         options = given.options | {"ring_fd": ring.fileno(), "ring_board_fd": feeder.board_fd}
         with set_current_vllm_config(VllmConfig()):
-            loader_of(load_config(options)).load_weights(model, model_config(directory))
+            loader_of(load_config(options)).load_weights(model, model_config(given.path))
         given.end()
         del feeder, ring
     memory.mark().synchronize()

@@ -6,7 +6,8 @@ import pytest
 from tests.support.checkpoints import plain_checkpoint
 
 from stoker_checkpoint.plan import CHUNK_BYTES
-from stoker_checkpoint.pool import Engine, Pool
+from stoker_checkpoint.pool import Pool
+from stoker_checkpoint.readers import Engine
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 POOL_CHUNKS = 8

@@ -27,7 +27,8 @@ from stoker_checkpoint.digests import digest_manifest
 from stoker_checkpoint.load import LoadedCheckpoint, attach, load
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
-from stoker_checkpoint.pool import Engine, Pool
+from stoker_checkpoint.pool import Pool
+from stoker_checkpoint.readers import Engine
 from stoker_checkpoint.reference import read_reference
 from stoker_core.errors import InvalidRequest, LoadCancelled, ReadFailed, RefusedCheckpoint
 

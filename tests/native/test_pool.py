@@ -286,7 +286,7 @@ def test_other_threads_go_on_while_a_view_is_unmapped(pool: Pool) -> None:
 
 
 def test_both_engines_are_probed_and_the_faster_one_is_used(model: Path) -> None:
-    result = probe_readers(model / "model.safetensors", rounds=2, chunks=2)
+    result = probe_readers([model / "model.safetensors"], rounds=2, chunks=2)
     assert result.bytes_per_s.keys() | result.missing.keys() == set(ENGINES)
     assert not result.bytes_per_s.keys() & result.missing.keys()
     assert result.bytes_per_s[result.faster] == max(result.bytes_per_s.values())
@@ -306,7 +306,7 @@ def test_both_engines_are_probed_and_the_faster_one_is_used(model: Path) -> None
 
 def test_probing_what_is_not_there_fails_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ReadFailed, match="nothing"):
-        probe_readers(tmp_path / "nothing")
+        probe_readers([tmp_path / "nothing"])
     (tmp_path / "empty").touch()
     with pytest.raises(ReadFailed, match="empty"):
-        probe_readers(tmp_path / "empty")
+        probe_readers([tmp_path / "empty"])

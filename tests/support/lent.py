@@ -7,10 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.support.leased import leased_folder
 
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
-from stoker_checkpoint.pool import Pool, make_reader
+from stoker_checkpoint.pool import Pool
+from stoker_checkpoint.readers import make_reader
 from stoker_checkpoint.reading import Reading
 from stoker_checkpoint.vllm_loader import connected
 
@@ -21,7 +25,10 @@ USED = b"used"
 
 
 class Lent:
-    """Everything of `stoker_worker.instance.lease.Lease` that engines use. load_ms: None until it was used."""
+    """Everything of `stoker_worker.instance.lease.Lease` that engines use. load_ms: None until it was used.
+
+    path: a folder without shards, as it is leased.
+    """
 
     def __init__(self, path: Path, pool: Pool, pool_fd: int, board_fd: int) -> None:
         self.path, self.pool, self.pool_fd, self.board_fd = path, pool, pool_fd, board_fd
@@ -71,10 +78,10 @@ def lent(directory: Path) -> Iterator[Lent]:
     """All of a checkpoint, read already."""
     manifest = open_checkpoint(directory)
     plan = plan_reads(manifest)
-    with Pool(len(plan.positions) * CHUNK_BYTES, huge="none", lock=False) as pool:
+    with Pool(len(plan.positions) * CHUNK_BYTES, huge="none", lock=False) as pool, TemporaryDirectory() as folder:
         reading: Reading = pool.read(plan, manifest, directory)
         assert reading.wait_blocking(READ_S)
-        given = Lent(directory, pool, reading.pool_fd, reading.board_fd)
+        given = Lent(leased_folder(directory, manifest, Path(folder)), pool, reading.pool_fd, reading.board_fd)
         with given.agent, given.instance:
             yield given
 
@@ -85,11 +92,11 @@ def abandoned(directory: Path) -> Iterator[Lent]:
     manifest = open_checkpoint(directory)
     plan = plan_reads(manifest)
     files = [(str(directory / shard.name), shard.size_bytes, shard.mtime_ns) for shard in manifest.shards]
-    with Pool(len(plan.positions) * CHUNK_BYTES, huge="none", lock=False) as pool:
+    with Pool(len(plan.positions) * CHUNK_BYTES, huge="none", lock=False) as pool, TemporaryDirectory() as folder:
         reader = make_reader(pool.native, "threads")
         # Here nobody publishes what was read; the board looks the same.
         load = reader.start(files, plan.extents, pool.native.allocate(len(plan.positions)), hold=True)
-        given = Lent(directory, pool, pool.reader_fd, load.board.fileno())
+        given = Lent(leased_folder(directory, manifest, Path(folder)), pool, pool.reader_fd, load.board.fileno())
         given.agent.close()
         with given.instance:
             yield given

@@ -93,6 +93,7 @@ void bind_constants(nb::module_& module) {
     module.attr("TRUNCATED") = static_cast<int>(FailureKind::truncated);
     module.attr("CHANGED") = static_cast<int>(FailureKind::changed);
     module.attr("MISMATCH") = static_cast<int>(FailureKind::mismatch);
+    module.attr("SOURCE") = static_cast<int>(FailureKind::source);
 }
 
 // Pools and boards are made as shared_ptr and found again by enable_shared_from_this: so C++ threads that hold one own

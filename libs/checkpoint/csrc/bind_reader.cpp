@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -81,12 +82,13 @@ using Files = std::vector<std::tuple<std::filesystem::path, std::uint64_t, std::
 using Extents = std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint64_t, std::uint64_t>>;
 
 std::unique_ptr<PyLoad> start(PyReader& self, Files files, const Extents& extents, std::vector<std::uint32_t> table,
-                              std::uint32_t window, bool hold, int priority) {
+                              std::uint32_t window, bool hold, bool recover, int priority) {
     const nb::gil_scoped_release unlocked;
     LoadSpec spec;
     spec.table = std::move(table);
     spec.window = window;
     spec.hold = hold;
+    spec.recover = recover;
     spec.priority = priority;
     for (auto& [path, size_bytes, mtime_ns] : files) {
         if (size_bytes > std::numeric_limits<std::int64_t>::max()) throw std::invalid_argument("no file is so large");
@@ -96,26 +98,47 @@ std::unique_ptr<PyLoad> start(PyReader& self, Files files, const Extents& extent
     return std::make_unique<PyLoad>(self.reader->start(std::move(spec)));
 }
 
-void fail(PyLoad& self, std::uint32_t kind, std::uint32_t file, std::uint64_t offset, int error) {
+Failure failure_of(std::uint32_t kind, std::uint32_t file, std::uint64_t offset, int error) {
     const auto of_kind = static_cast<FailureKind>(kind);
-    if (of_kind < FailureKind::read_error || of_kind > FailureKind::mismatch) {
-        throw std::invalid_argument("no kind of failure");
-    }
-    self.job->fail({.kind = of_kind, .file = file, .offset = offset, .error = error});
+    const bool known = of_kind >= FailureKind::read_error && of_kind <= FailureKind::mismatch;
+    if (!known && of_kind != FailureKind::source) throw std::invalid_argument("no kind of failure");
+    return {.kind = of_kind, .file = file, .offset = offset, .error = error};
+}
+
+void fail(PyLoad& self, std::uint32_t kind, std::uint32_t file, std::uint64_t offset, int error) {
+    self.job->fail(failure_of(kind, file, offset, error));
+}
+
+void reject(PyLoad& self, std::uint32_t position, std::uint32_t kind, std::uint32_t file, std::uint64_t offset) {
+    self.job->reject(position, failure_of(kind, file, offset, 0));
+}
+
+using Failed = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t, std::uint64_t, int>;
+
+std::optional<Failed> next_failed(PyLoad& self) {
+    const auto rejected = self.job->next_failed();
+    if (!rejected) return std::nullopt;
+    const Failure& why = rejected->failure;
+    return Failed(rejected->position, static_cast<std::uint32_t>(why.kind), why.file, why.offset, why.error);
 }
 
 void bind_load(nb::module_& module) {
     const auto next_read = [](PyLoad& self, double timeout_s) { return self.job->next_read(timeout_s); };
     const auto publish = [](PyLoad& self, std::uint32_t position) { self.job->publish(position); };
+    const auto window_open = [](const PyLoad& self, std::uint32_t position) { return self.job->window_open(position); };
     const auto join = [](PyLoad& self, double timeout_s) { return self.job->join(timeout_s); };
 
     nb::class_<PyLoad>(module, "Load")
         .def_prop_ro("board", [](const PyLoad& self) { return self.job->shared_board(); })
         .def_prop_ro("direct", [](const PyLoad& self) { return self.job->direct(); })
         .def_prop_ro("read_bytes", [](const PyLoad& self) { return self.job->read_bytes(); })
+        .def_prop_ro("unsettled", [](const PyLoad& self) { return self.job->unsettled(); })
         .def("fileno", [](const PyLoad& self) { return self.job->event_fd(); })
         .def("next_read", next_read, "timeout_s"_a, Unlocked())
         .def("publish", publish, "position"_a, Unlocked())
+        .def("reject", reject, "position"_a, "kind"_a, "file"_a, "offset"_a, Unlocked())
+        .def("next_failed", next_failed)
+        .def("window_open", window_open, "position"_a)
         .def("fail", fail, "kind"_a, "file"_a, "offset"_a, "errno"_a, Unlocked())
         .def("cancel", &PyLoad::cancel)
         .def("join", join, "timeout_s"_a, Unlocked());
@@ -129,7 +152,7 @@ void bind_reader_class(nb::module_& module) {
         .def_prop_ro("engine", [](const PyReader& self) { return self.reader->engine(); })
         .def_prop_ro("registered_buffers", [](const PyReader& self) { return self.reader->registered_buffers(); })
         .def("start", start, "files"_a, "extents"_a, "table"_a, nb::kw_only(), "window"_a = 0, "hold"_a = false,
-             "priority"_a = 0, nb::keep_alive<0, 1>())
+             "recover"_a = false, "priority"_a = 0, nb::keep_alive<0, 1>())
         .def("close", &PyReader::close);
 }
 

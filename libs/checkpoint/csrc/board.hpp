@@ -27,6 +27,7 @@ enum class FailureKind : std::uint32_t {
     truncated = 2,   // the file ended before its registered size
     changed = 3,     // size or mtime differ from those given
     mismatch = 4,    // a digest differs
+    source = 6,      // what belongs there cannot be had from anywhere; 5 is kDeviceError of rings
 };
 
 struct Failure {

@@ -6,8 +6,8 @@
 #include <memory>
 #include <optional>
 
-#include "job.hpp"
 #include "pool.hpp"
+#include "read.hpp"
 
 namespace stoker {
 

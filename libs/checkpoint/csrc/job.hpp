@@ -13,7 +13,6 @@
 #include "board.hpp"
 #include "file.hpp"
 #include "memory.hpp"
-#include "transfer.hpp"
 
 namespace stoker {
 
@@ -34,16 +33,24 @@ struct Piece {
     std::uint64_t offset;
 };
 
+/// A position that its file cannot give.
+struct Rejected {
+    std::uint32_t position;
+    Failure failure;
+};
+
 /// Thread safe.
 class Job {
    public:
     /// extents: ascending by position, at least one for each.  hold: positions wait for publish().
     ///
+    /// recover: it holds, and what cannot be read is the owner's to write into the position's chunk and publish: positions
+    /// without extents from the start, those of files from next_failed() on. No file ever fails the load.
     /// Throws std::invalid_argument for what breaks the rules of Extent and Board.
     Job(std::vector<std::unique_ptr<File>> files, std::vector<Extent> extents, std::shared_ptr<Board> board,
-        std::uint32_t block_bytes, bool hold);
+        std::uint32_t block_bytes, bool hold, bool recover = false);
 
-    // Engines. Each piece taken is given back once, by complete() or abandon().
+    // Engines. Each piece taken is given back once, by complete(), give_up() or abandon().
 
     /// The next piece, in file order. None when the window is full, when all are taken, or after the end.
     std::optional<Piece> take();
@@ -56,6 +63,11 @@ class Job {
 
     File& file(const Piece& piece) { return *files_[piece.file]; }
     void complete(const Piece& piece);
+
+    /// It cannot be read: the end of the load, or of reading its position in a load that recovers.
+    void give_up(const Piece& piece, Failure failure);
+
+    /// After the end of the load.
     void abandon(const Piece& piece);
     void count(std::uint64_t bytes) { read_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
     void lose_direct() { direct_.store(false, std::memory_order_relaxed); }
@@ -67,14 +79,30 @@ class Job {
     bool direct() const { return direct_.load(std::memory_order_relaxed); }
     std::uint64_t read_bytes() const { return read_bytes_.load(std::memory_order_relaxed); }
 
-    /// An eventfd: readable after a position was read (hold) or became ready, and once join() has something new to say.
+    /// An eventfd: readable after a position was read (hold), became ready or was handed to the owner, and once join() has
+    /// something new to say.
     int event_fd() const { return event_.get(); }
 
-    /// A position that waits for publish(); each is given once. None after the timeout or the end.
+    /// A position that was read and waits for publish(); each is given once. None after the timeout, once none is
+    /// unsettled, and after the end.
     std::optional<std::uint32_t> next_read(double timeout_s);
 
-    /// Throws std::invalid_argument for a position that does not wait for it. After the end it does nothing.
+    /// Throws std::invalid_argument for a position that does not wait for it, or whose window is not open. After the end
+    /// it does nothing.
     void publish(std::uint32_t position);
+
+    /// What was read of a position is wrong: it is the owner's now. For loads that recover; else as publish().
+    void reject(std::uint32_t position, const Failure& failure);
+
+    /// A position of a file that is the owner's from now on, and why; each is given once. Does not wait.
+    std::optional<Rejected> next_failed();
+
+    /// Positions of files that are neither published nor the owner's. None after the end.
+    std::uint32_t unsettled() const;
+
+    /// Whether the position's chunk may be written to: what streamed through it before was published and released.
+    /// Throws std::invalid_argument for no position.
+    bool window_open(std::uint32_t position) const;
 
     // How a load ends. The first end counts.
 
@@ -86,17 +114,31 @@ class Job {
     bool join(double timeout_s);
 
    private:
-    enum class Reading : std::uint8_t { pending, waiting, published };
+    enum class Reading : std::uint8_t {
+        pending,    // pieces of it are in flight or not taken
+        lost,       // one of them cannot be read: owned, once none is in flight
+        waiting,    // all were read: for publish() or reject()
+        owned,      // for publish()
+        published,
+    };
     struct Position {
         std::uint32_t pieces = 0;  // not complete yet
+        std::uint32_t in_flight = 0;
         Reading reading = Reading::pending;
+        Failure failure;  // why its file cannot give it
     };
 
     void check() const;
-    bool window_open() const;
+    Position& at(std::uint32_t position);
+    std::uint64_t pieces_of(std::uint64_t size) const { return (size + block_bytes_ - 1) / block_bytes_; }
+    bool reusable(std::uint32_t position) const;
     void finish(State state, const Failure& failure);
+    void lose(std::uint32_t position, const Failure& failure);
+    void hand_over(std::uint32_t position);
+    void drop_pieces(std::uint32_t file, std::uint64_t pieces);
     void make_ready(std::uint32_t position);
-    void put_back();
+    void one_settled();
+    void put_back(const Piece& piece);
     void settle();
     void signal();
 
@@ -105,6 +147,7 @@ class Job {
     const std::shared_ptr<Board> board_;
     const std::uint32_t block_bytes_;
     const bool hold_;
+    const bool recover_;
     const Fd event_;
 
     std::atomic<bool> direct_ = true;
@@ -116,35 +159,11 @@ class Job {
     std::uint64_t taken_bytes_ = 0;  // after so much of it
     std::uint32_t in_flight_ = 0;
     std::vector<Position> positions_;
-    std::vector<std::uint64_t> pieces_of_file_;  // not complete yet
-    std::deque<std::uint32_t> read_;             // wait to be given by next_read()
+    std::vector<std::uint64_t> pieces_of_file_;  // neither complete nor given up yet
+    std::deque<std::uint32_t> read_;             // wait to be given by next_read(),
+    std::deque<Rejected> failed_;                // or by next_failed()
+    std::uint32_t unsettled_ = 0;
     std::uint32_t published_ = 0;
-};
-
-/// One piece on its way: what an engine does around the system call.
-class Read {
-   public:
-    Read(std::shared_ptr<Job> job, const Piece& piece);
-
-    /// Opens the file if need be. False: the load is over, and so is this read.
-    bool begin();
-
-    /// result: bytes read, or -errno, of what fd(), offset() and size() say.  True: ask again; they may have changed.
-    bool on_result(std::int64_t result);
-
-    int fd() const { return file_->fd(); }
-    std::uint64_t offset() const { return transfer_.offset(); }
-    std::uint32_t size() const { return transfer_.remaining(); }
-    std::uint32_t chunk() const { return piece_.chunk; }
-
-   private:
-    bool end_with(Failure failure);
-
-    std::shared_ptr<Job> job_;
-    File* file_;
-    Piece piece_;
-    Transfer transfer_;
-    bool direct_ = false;  // how it was last asked for
 };
 
 }  // namespace stoker

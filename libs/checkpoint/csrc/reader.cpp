@@ -41,8 +41,8 @@ std::shared_ptr<Job> Reader::start(LoadSpec spec) {
         files.push_back(std::make_unique<File>(std::move(file.path), file.size_bytes, file.mtime_ns));
     }
     auto board = Board::create(std::move(spec.table), spec.window);
-    const auto job =
-        std::make_shared<Job>(std::move(files), std::move(spec.extents), std::move(board), block_bytes_, spec.hold);
+    const auto job = std::make_shared<Job>(std::move(files), std::move(spec.extents), std::move(board), block_bytes_,
+                                           spec.hold, spec.recover);
 
     const std::lock_guard guard(mutex_);
     if (closed_) throw std::logic_error("the reader is closed");

@@ -29,6 +29,7 @@ struct LoadSpec {
     std::vector<std::uint32_t> table;  // position -> chunk
     std::uint32_t window = 0;
     bool hold = false;
+    bool recover = false;
     int priority = 0;  // higher first, else by arrival
 };
 

@@ -19,6 +19,7 @@ READ_ERROR: int  # the kernel's errno
 TRUNCATED: int  # the file ended before its registered size
 CHANGED: int  # size or mtime differ from those given
 MISMATCH: int  # a digest differs (reported by whoever verified)
+SOURCE: int  # what belongs there cannot be had from anywhere (reported by the load's owner)
 
 class Pool:
     """One memfd cut into chunks. Threads of the lowest priority fault, collapse and lock it from the first chunk on."""
@@ -132,12 +133,15 @@ class Reader:
         *,
         window: int = 0,
         hold: bool = False,
+        recover: bool = False,
         priority: int = 0,
     ) -> Load:
         """Begin to read; returns at once. Extents are multiples of ALIGN_BYTES (a size may pass the file's end) and lie
         at `offset % CHUNK_BYTES` of their chunk.
 
         hold: positions that were read wait in next_read() until publish().  priority: higher first, else by arrival.
+        recover: it holds; positions without extents are the owner's to write and publish, and so are those that
+        next_failed() gives. No file ends such a load.
         Raises ValueError for what breaks these rules. Files are opened by the reader: their errors end the load.
         """
 
@@ -156,12 +160,27 @@ class Load:
     @property
     def read_bytes(self) -> int: ...
     def fileno(self) -> int:
-        """An eventfd that becomes readable when positions became ready, were read (hold), or the load ended."""
+        """An eventfd that becomes readable when positions became ready, were read (hold) or failed (recover), or the load ended."""
+
+    @property
+    def unsettled(self) -> int:
+        """Positions of files that were neither published nor became the owner's; 0 after the end."""
 
     def next_read(self, timeout_s: float) -> int | None:
-        """hold: a position that was read and waits to be published; None after the timeout or the end."""
+        """hold: a position that was read and waits to be published; None after the timeout, if none is unsettled, or the end."""
 
-    def publish(self, position: int) -> None: ...
+    def publish(self, position: int) -> None:
+        """Raises ValueError for a position that does not wait for it, or whose window is not open."""
+
+    def reject(self, position: int, kind: int, file: int, offset: int) -> None:
+        """recover: what was read of a position is wrong; it is the owner's now."""
+
+    def next_failed(self) -> tuple[int, int, int, int, int] | None:
+        """recover: a position that is the owner's from now on: (position, kind, file index, offset, errno). Does not wait."""
+
+    def window_open(self, position: int) -> bool:
+        """Whether what streamed through the position's chunk before it was published and released."""
+
     def fail(self, kind: int, file: int, offset: int, errno: int) -> None: ...
     def cancel(self) -> None:
         """No read is begun any more. Reads in flight end by themselves: join() before the chunks are freed."""

@@ -15,7 +15,7 @@ from stoker_checkpoint import _native
 from stoker_checkpoint.header import TensorRef
 from stoker_checkpoint.manifest import Manifest
 from stoker_checkpoint.plan import CHUNK_BYTES, ReadPlan
-from stoker_checkpoint.reading import load_error
+from stoker_checkpoint.pool_load import load_error
 from stoker_checkpoint.tensors import torch_type
 from stoker_core.errors import InvalidMessage, InvalidRequest, LoadCancelled, NativeUnavailable, StokerError
 

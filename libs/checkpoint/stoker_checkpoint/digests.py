@@ -12,17 +12,25 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from stoker_checkpoint.header import Shard
+from stoker_checkpoint.header import Shard, shown
 from stoker_checkpoint.manifest import Manifest
-from stoker_checkpoint.plan import CHUNK_BYTES
-from stoker_core.errors import CheckpointChanged, ReadFailed
+from stoker_checkpoint.plan import CHUNK_BYTES, chunk_count
+from stoker_core.errors import CheckpointChanged, InvalidRequest, ReadFailed
 
 _PREFIX = "xxh3_128:"
+DIGEST_PATTERN = _PREFIX + "[0-9a-f]{32}"
+"""A regular expression: how digests look."""
 
 
 def chunk_digest(data: bytes | memoryview) -> str:
     """Of one chunk of a file; the last one ends where the file does."""
     return _PREFIX + xxhash.xxh3_128_hexdigest(data)
+
+
+def require_digests(shard: Shard, param: str) -> None:
+    """Raises InvalidRequest, naming `param`, unless the digests of all of its chunks are known."""
+    if len(shard.digests) != chunk_count(shard.size_bytes):
+        raise InvalidRequest(f"{shown(shard.name)} cannot be verified: its digests are not known", param)
 
 
 class ChunkDigests:

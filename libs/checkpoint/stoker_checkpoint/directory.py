@@ -1,69 +1,32 @@
-"""A Hugging Face model directory: which of its files belong to the model, and whether they may be served.
-
-Nothing in a directory is ever executed or unpickled; whatever would need it is refused.
-"""
+"""A model directory on a disk: read for what `layout` checks, and never beyond it."""
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from stoker_checkpoint.header import PREFIX_BYTES, Shard, header_length, parse_header, shown
-from stoker_checkpoint.manifest import Manifest, build_manifest, is_plain_name, parse_index
+from stoker_checkpoint.layout import (
+    SMALL_FILES_BYTES_MAX,
+    check_entries,
+    check_names,
+    check_small_bytes,
+    file_in,
+    find_shards,
+    read_configs,
+    small_names,
+)
+from stoker_checkpoint.manifest import Manifest, build_manifest, is_plain_name
 from stoker_core.errors import CorruptCheckpoint, RefusedCheckpoint
-
-ENTRIES_MAX = 10_000
-SMALL_FILES_BYTES_MAX = 64 * 1024 * 1024
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-_SMALL = frozenset(
-    {
-        INDEX,
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "config.json",
-        "generation_config.json",
-        "hf_quant_config.json",
-        "merges.txt",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "quantize_config.json",
-        "special_tokens_map.json",
-        "tekken.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    }
-)
-_SMALL_SUFFIXES = (".model", ".tiktoken")  # sentencepiece and tiktoken vocabularies
-_TOKENIZERS = (
-    {"tokenizer.json"},
-    {"tokenizer.model"},
-    {"vocab.json", "merges.txt"},
-    {"vocab.txt"},
-    {"tekken.json"},
-)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class SmallFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that is kept whole: configuration or tokenizer."""
-
-    name: str
-    content: bytes
 
 
 class CheckpointDirectory(msgspec.Struct, frozen=True, kw_only=True):
-    """A directory that may be served. root: without symlinks.  small_files: by name, the index of shards included.
+    """A directory that may be served. root: without symlinks.  small_files: contents by name, the index of shards included.
 
     Whatever else lies in the directory does not belong to the model.
     """
@@ -71,11 +34,11 @@ class CheckpointDirectory(msgspec.Struct, frozen=True, kw_only=True):
     root: Path
     manifest: Manifest
     config: dict[str, Any]
-    small_files: tuple[SmallFile, ...]
+    small_files: dict[str, bytes]
 
     @property
     def total_bytes(self) -> int:
-        return self.manifest.file_bytes + sum(len(file.content) for file in self.small_files)
+        return self.manifest.file_bytes + sum(map(len, self.small_files.values()))
 
 
 def inspect_directory(directory: Path) -> CheckpointDirectory:
@@ -89,19 +52,11 @@ def inspect_directory(directory: Path) -> CheckpointDirectory:
         names = entries(root)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
         raise unreadable(directory, error) from error
-    _refuse_code(root, names)
-    _refuse_incomplete(root, names)
-    small = read_small_files(root, sorted(name for name in names if name in _SMALL or name.endswith(_SMALL_SUFFIXES)))
-    contents = {file.name: file.content for file in small}
-    configs = {name: _json_object(root / name, text) for name, text in contents.items() if name.endswith("config.json")}
-    for name, config in configs.items():
-        if "auto_map" in config:
-            raise RefusedCheckpoint(str(root / name), "auto_map asks for custom code; Stoker runs none")
+    check_names(str(root), names)
+    contents = read_small_files(root, small_names(names))
+    config = read_configs(str(root), contents)
     return CheckpointDirectory(
-        root=root,
-        manifest=read_manifest(root, names, contents),
-        config=configs["config.json"],
-        small_files=tuple(small),
+        root=root, manifest=read_manifest(root, names, contents), config=config, small_files=contents
     )
 
 
@@ -131,82 +86,33 @@ def entries(root: Path) -> set[str]:
     with os.scandir(root) as found:
         for entry in found:
             names.add(entry.name)
-            if len(names) > ENTRIES_MAX:
-                raise RefusedCheckpoint(str(root), f"it has more than {ENTRIES_MAX} entries")
+            check_entries(str(root), len(names))
     return names
 
 
-def _refuse_code(root: Path, names: set[str]) -> None:
-    scripts = sorted(name for name in names if name.endswith(".py"))
-    if scripts:
-        raise RefusedCheckpoint(
-            str(root / scripts[0]),
-            "the directory holds custom code; Stoker runs none. Remove it if the model needs none",
-        )
-
-
-def _refuse_incomplete(root: Path, names: set[str]) -> None:
-    if "config.json" not in names:
-        raise RefusedCheckpoint(str(root), "config.json is missing")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(name for name in names if name.endswith(_PICKLES))
-        if pickles:
-            raise RefusedCheckpoint(
-                str(root / pickles[0]),
-                "it is a pickle, which can run code when loaded; convert the model to safetensors",
-            )
-        raise RefusedCheckpoint(str(root), "it holds no safetensors file")
-    if not any(needed <= names for needed in _TOKENIZERS):
-        raise RefusedCheckpoint(str(root), "its tokenizer is missing (tokenizer.json)")
-
-
-def read_small_files(root: Path, names: Sequence[str]) -> list[SmallFile]:
+def read_small_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     """Raises RefusedCheckpoint, also if they are too large together."""
-    files = []
-    left = SMALL_FILES_BYTES_MAX
+    contents: dict[str, bytes] = {}
+    total_bytes = 0
     for name in names:
         target = resolve_inside(root, name)
         try:
             with target.open("rb") as file:
-                content = file.read(left + 1)
+                content = file.read(SMALL_FILES_BYTES_MAX - total_bytes + 1)
         except OSError as error:
             raise unreadable(target, error) from error
-        left -= len(content)
-        if left < 0:
-            raise RefusedCheckpoint(
-                str(root / name), f"with it, configuration and tokenizer exceed {SMALL_FILES_BYTES_MAX} bytes"
-            )
-        files.append(SmallFile(name=name, content=content))
-    return files
+        total_bytes += len(content)
+        check_small_bytes(str(root), name, total_bytes)
+        contents[name] = content
+    return contents
 
 
-def _json_object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RefusedCheckpoint(str(path), f"it is no valid JSON: {shown(error)}") from error
-    if not isinstance(value, dict):
-        raise RefusedCheckpoint(str(path), "it is no JSON object")
-    return value
-
-
-def read_manifest(root: Path, names: set[str], contents: Mapping[str, bytes]) -> Manifest:
+def read_manifest(root: Path, names: Set[str], contents: Mapping[str, bytes]) -> Manifest:
     """Parse the headers of the shards that belong to the model. Raises as `inspect_directory`.
 
     names: of the directory's entries.  contents: of its small files; only the index of shards is looked at.
     """
-    if INDEX in contents:
-        index = parse_index(str(root / INDEX), contents[INDEX])
-        wanted = sorted(set(index.values()))
-    elif SINGLE in names:
-        index, wanted = {}, [SINGLE]
-    else:
-        raise RefusedCheckpoint(str(root), f"it has neither {SINGLE} nor {INDEX}")
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise RefusedCheckpoint(
-            str(root), f"{len(missing)} of {len(wanted)} shards are missing; the first is {shown(missing[0])}"
-        )
+    wanted, index = find_shards(str(root), names, contents)
     return build_manifest(str(root), [read_shard(root, name) for name in wanted], index)
 
 
@@ -216,7 +122,7 @@ def read_shard(root: Path, name: str) -> Shard:
     Raises RefusedCheckpoint as `resolve_inside` does, CorruptCheckpoint if it breaks the format.
     """
     target = resolve_inside(root, name)
-    path = str(root / name)
+    path = file_in(str(root), name)
     try:
         with target.open("rb") as file:
             found = os.fstat(file.fileno())

@@ -92,6 +92,23 @@ def header_length(path: str, prefix: bytes, file_bytes: int) -> int:
     return length
 
 
+def bare_header(shard: Shard) -> bytes:
+    """The beginning of a safetensors file that says of tensors what the shard's own says, and nothing of its data.
+
+    Programs that look tensors up find them; one that reads data is told that the file is too short.
+    """
+    fields: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    for tensor in shard.tensors:
+        begin = tensor.offset_bytes - shard.data_offset_bytes
+        fields[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": (begin, begin + tensor.size_bytes),
+        }
+    text = json.dumps(fields).encode()
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+
+
 def parse_header(path: str, name: str, header: bytes, file_bytes: int, *, mtime_ns: int = -1) -> Shard:
     """Check a whole header against the size of its file.
 
@@ -171,6 +188,10 @@ def _no_number(text: str) -> int:
 def _metadata(path: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise CorruptCheckpoint(path, "__metadata__ is no map of strings")
+    try:
+        "".join((*value, *value.values())).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorruptCheckpoint(path, "__metadata__ is no valid UTF-8") from error
     return value
 
 

@@ -17,7 +17,8 @@ from stoker_checkpoint.header import TensorRef, shown
 from stoker_checkpoint.manifest import Manifest
 from stoker_checkpoint.plan import ALIGN_BYTES, CHUNK_BYTES, ReadPlan, aligned, plan_reads
 from stoker_checkpoint.pool import Pool
-from stoker_checkpoint.reading import Reading, load_error
+from stoker_checkpoint.pool_load import load_error
+from stoker_checkpoint.reading import Reading
 from stoker_checkpoint.tensors import torch_type
 from stoker_core.errors import InvalidMessage, InvalidRequest, LoadCancelled, NativeUnavailable
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from stoker_checkpoint.directory import CheckpointDirectory
 from stoker_checkpoint.header import DTYPE_BITS, shown
+from stoker_checkpoint.layout import file_in
 from stoker_checkpoint.manifest import Manifest
 from stoker_contracts.models import EngineKind, ModelOptions, ModelSpec
 from stoker_core.errors import InvalidRequest, RefusedCheckpoint
@@ -45,9 +45,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.layers * self.kv_heads * self.head_dim * 2 * DTYPE_BYTES[dtype]
 
 
-def read_config(directory: CheckpointDirectory) -> ModelConfig:
-    """Raises RefusedCheckpoint naming the field that is missing or cannot be served."""
-    path, config = str(directory.root / "config.json"), directory.config
+def read_config(where: str, config: dict[str, Any], manifest: Manifest) -> ModelConfig:
+    """where: the directory that `config` comes from, for messages.
+
+    Raises RefusedCheckpoint naming the field that is missing or cannot be served.
+    """
+    path = file_in(where, "config.json")
     if config.get("kv_lora_rank") is not None:
         raise RefusedCheckpoint(path, "kv_lora_rank: models with latent attention cannot be sized yet")
     heads = _positive(path, config, "num_attention_heads")
@@ -56,7 +59,7 @@ def read_config(directory: CheckpointDirectory) -> ModelConfig:
         raise RefusedCheckpoint(path, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     read = ModelConfig(
         architecture=_architecture(path, config),
-        dtype=_dtype(path, config, directory.manifest),
+        dtype=_dtype(path, config, manifest),
         max_position_embeddings=_positive(path, config, "max_position_embeddings"),
         vocab_size=_positive(path, config, "vocab_size"),
         layers=_positive(path, config, "num_hidden_layers"),
@@ -71,26 +74,27 @@ def read_config(directory: CheckpointDirectory) -> ModelConfig:
 
 
 def model_spec(
-    name: str, model_id: str, source: str, directory: CheckpointDirectory, options: ModelOptions
+    name: str, model_id: str, source: str, config: dict[str, Any], manifest: Manifest, options: ModelOptions
 ) -> ModelSpec:
     """What the scheduler places: defaults from the checkpoint where `options` leave them open.
 
+    source: the URL that the checkpoint comes from.  config: what its config.json says.
     Raises RefusedCheckpoint as `read_config` does, InvalidRequest naming the option that cannot be met.
     """
     _check(options)
-    config = read_config(directory)
-    dtype = config.dtype if options.dtype == "auto" else options.dtype
-    max_len = _max_model_len(config, options)
-    per_token = config.kv_bytes_per_token(dtype)
+    read = read_config(source, config, manifest)
+    dtype = read.dtype if options.dtype == "auto" else options.dtype
+    max_len = _max_model_len(read, options)
+    per_token = read.kv_bytes_per_token(dtype)
     return ModelSpec(
         model_id=model_id,
         name=name,
         source=source,
-        architecture=config.architecture,
+        architecture=read.architecture,
         dtype=dtype,
-        weight_bytes=_weight_bytes(directory.manifest, dtype),
+        weight_bytes=_weight_bytes(manifest, dtype),
         max_model_len=max_len,
-        vocab_size=config.vocab_size,
+        vocab_size=read.vocab_size,
         kv_bytes_per_token=per_token,
         kv_cache_bytes=_kv_cache_bytes(per_token, max_len, options),
         slots=options.slots,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stoker_checkpoint.directory import INDEX, entries, read_manifest, read_shard, read_small_files, unreadable
+from stoker_checkpoint.directory import entries, read_manifest, read_shard, read_small_files, unreadable
+from stoker_checkpoint.layout import INDEX
 from stoker_checkpoint.manifest import Manifest, build_manifest
 from stoker_core.errors import RefusedCheckpoint
 
@@ -26,5 +27,4 @@ def open_checkpoint(path: Path) -> Manifest:
         names = entries(root)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
         raise unreadable(path, error) from error
-    small = read_small_files(root, [INDEX] if INDEX in names else [])
-    return read_manifest(root, names, {file.name: file.content for file in small})
+    return read_manifest(root, names, read_small_files(root, [INDEX] if INDEX in names else []))

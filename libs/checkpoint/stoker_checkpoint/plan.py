@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import msgspec
 
 from stoker_checkpoint.header import Shard, TensorRef, shown
-from stoker_checkpoint.manifest import Manifest
+from stoker_checkpoint.manifest import Manifest, is_plain_name
 from stoker_core.errors import InvalidRequest
 
 CHUNK_BYTES = 16 * 2**20
@@ -68,7 +68,7 @@ def plan_reads(manifest: Manifest, names: Collection[str] | None = None, *, whol
     for shard in manifest.shards:
         tensors = shard.tensors if wanted is None else [t for t in shard.tensors if t.name in wanted]
         if wanted is None:
-            ranges = _chunks(range(-(-shard.size_bytes // CHUNK_BYTES)))
+            ranges = _chunks(range(chunk_count(shard.size_bytes)))
         elif whole_chunks:
             ranges = _chunks(dict.fromkeys(begin // CHUNK_BYTES for begin, _ in _pieces(tensors)))
         else:
@@ -93,6 +93,27 @@ def plan_reads(manifest: Manifest, names: Collection[str] | None = None, *, whol
 def aligned(size: int) -> int:
     """Rounded up to a multiple of ALIGN_BYTES."""
     return -(-size // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def chunk_count(size: int) -> int:
+    """Of a file of that size."""
+    return -(-size // CHUNK_BYTES)
+
+
+def shards_of(plan: ReadPlan, manifest: Manifest) -> list[Shard]:
+    """The shards that the plan reads. Raises InvalidRequest if one is not the manifest's."""
+    by_name = {shard.name: shard for shard in manifest.shards}
+    for name in plan.shards:
+        if name not in by_name or not is_plain_name(name):
+            raise InvalidRequest(f"the plan reads {shown(name)}, which is no shard of the checkpoint", "plan")
+    return [by_name[name] for name in plan.shards]
+
+
+def check_whole_chunks(plan: ReadPlan, shards: Sequence[Shard], param: str) -> None:
+    """shards: the plan's. Raises InvalidRequest, naming `param`, if it reads less than every chunk that it touches."""
+    for _, file, offset, size in plan.extents:
+        if offset % CHUNK_BYTES or size < min(CHUNK_BYTES, shards[file].size_bytes - offset):
+            raise InvalidRequest("a plan of less than whole chunks cannot be verified", param)
 
 
 def _chunks(indices: Iterable[int]) -> Iterator[tuple[int, int]]:

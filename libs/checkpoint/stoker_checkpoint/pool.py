@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
 from stoker_checkpoint import _native
-from stoker_checkpoint.header import Shard, shown
-from stoker_checkpoint.manifest import Manifest, is_plain_name
-from stoker_checkpoint.plan import CHUNK_BYTES, ReadPlan
+from stoker_checkpoint.digests import require_digests
+from stoker_checkpoint.filling import Extent, Filling, NativeFile, chunk_files
+from stoker_checkpoint.manifest import Manifest
+from stoker_checkpoint.plan import CHUNK_BYTES, ReadPlan, check_whole_chunks, shards_of
+from stoker_checkpoint.pool_load import PoolLoad
+from stoker_checkpoint.readers import Asked, Engine, Readers
 from stoker_checkpoint.reading import Reading
 from stoker_core.errors import InvalidMessage, InvalidRequest, InvalidSettings, NativeUnavailable, PoolExhausted
 
 if TYPE_CHECKING:
     from stoker_checkpoint.probe import ProbeResult
 
-Engine = Literal["io_uring", "threads"]
-
-DEPTH_AND_BLOCK_BYTES: dict[str, tuple[int, int]] = {"io_uring": (32, 4 * 2**20), "threads": (4, 16 * 2**20)}
-"""Reads in flight and bytes of each. Measured on a virtual NVMe disk, GB/s: io_uring 8 × 4 MiB 2.6, 16 × 4 2.9, 32 × 4 2.9;
-threads 4 × 8 MiB 2.75, 4 × 16 2.9. Twice as much gains nothing."""
+_Opened = TypeVar("_Opened", bound=PoolLoad)
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +34,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     warm: faulted, so that no load waits for it.  pages: hugetlb, collapsed or small.  collapse_errno, lock_errno: why
     the kernel refused huge or locked pages; 0: it did not.
     reader: the engine of the next load.  reader_reason: why it is not io_uring; empty if it is, or by choice.
-    direct: whether all readings that are open pass the page cache by; None if none is open.
+    direct: whether all loads that are open pass the page cache by; None if none is open.
     """
 
     total_bytes: int
@@ -65,7 +64,7 @@ class Pool:
         huge: str = "auto",
         lock: bool = True,
         fault_threads: int = 2,
-        reader: Literal["auto"] | Engine = "auto",
+        reader: Asked = "auto",
         register_cuda: bool = False,
     ) -> None:
         """size_bytes: rounded down to chunks.  huge: auto | hugetlb | collapse | none.
@@ -95,7 +94,7 @@ class Pool:
         *,
         lock: bool = True,
         fault_threads: int = 2,
-        reader: Literal["auto"] | Engine = "auto",
+        reader: Asked = "auto",
         register_cuda: bool = False,
     ) -> Self:
         """Take over the pool behind `fd`, which stays the caller's. The chunks `used` stay allocated.
@@ -110,29 +109,24 @@ class Pool:
         pool._open(native, reader)
         return pool
 
-    def _open(self, native: _native.Pool, reader: Literal["auto"] | Engine) -> None:
+    def _open(self, native: _native.Pool, reader: Asked) -> None:
         self.native = native
         self.reader_fd = native.reader_fd()
         """Read-only, for consumers; closed with the pool."""
-        self._asked = reader
         self._lock = threading.Lock()
-        self._faster: Engine = "io_uring"
-        self._readers: dict[Engine, _native.Reader] = {}
-        self._readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+        self._readers = Readers(native, reader)
+        self._loads: weakref.WeakSet[PoolLoad] = weakref.WeakSet()
         self._closed = False
-        refused = _native.io_uring_errno()
-        self._uring_reason = os.strerror(refused) if refused else ""
 
     def use(self, result: ProbeResult) -> None:
         """Read later loads by the engine that was faster, unless one was asked for by name."""
-        self._faster = result.faster
+        self._readers.use(result.faster)
 
     def status(self) -> PoolStatus:
-        native, engine = self.native, self._engine()
-        reader = self._readers.get(engine)
+        native, readers = self.native, self._readers
         with self._lock:
-            readings = list(self._readings)
-        direct = [reading.direct for reading in readings]
+            loads = list(self._loads)
+        direct = [load.direct for load in loads]  # without the lock: others may begin meanwhile
         return PoolStatus(
             total_bytes=native.chunks_total * CHUNK_BYTES,
             free_bytes=native.chunks_free * CHUNK_BYTES,
@@ -142,9 +136,9 @@ class Pool:
             pages=native.pages,
             collapse_errno=native.collapse_errno,
             lock_errno=native.lock_errno,
-            reader=engine,
-            reader_reason=self._uring_reason if engine == "threads" else "",
-            registered_buffers=reader.registered_buffers if reader else None,
+            reader=readers.engine,
+            reader_reason=readers.reason,
+            registered_buffers=readers.registered_buffers,
             direct=all(direct) if direct else None,
         )
 
@@ -173,59 +167,117 @@ class Pool:
         Raises PoolExhausted; InvalidRequest for a plan of another manifest, and for `verify` without digests or with a
         plan of less than whole chunks; NativeUnavailable if the engine asked for, a descriptor or a thread cannot be had.
         """
-        shards = _shards(plan, manifest)
+        shards = shards_of(plan, manifest)
         if verify:
-            _check_verifiable(plan, shards)
+            for shard in shards:
+                require_digests(shard, "verify")
+            check_whole_chunks(plan, shards, "verify")
+        load, chunks = self._start(
+            plan,
+            [(str(directory / shard.name), shard.size_bytes, shard.mtime_ns) for shard in shards],
+            plan.extents,
+            window=window_chunks,
+            hold=verify,
+            priority=priority,
+        )
+        return self._opened(Reading(self, load, chunks, plan, shards, directory), verify)
+
+    def fill(
+        self,
+        plan: ReadPlan,
+        manifest: Manifest,
+        files: Mapping[int, Path],
+        *,
+        directory: Path,
+        window_chunks: int = 0,
+        chunks: Sequence[int] | None = None,
+        priority: int = 0,
+    ) -> Filling:
+        """Begin a load whose positions come from `files` and from whoever calls; returns at once. It must be closed.
+
+        files: position → a file that holds that chunk and nothing else; each is held against the manifest's digest. All
+        other positions are the caller's to write and publish.  directory: of the shards, for messages.
+        chunks: of this pool, by position, allocated already: they are the filling's once this returns; None: it allocates.
+        window_chunks: as of `read`; not with `chunks`.  priority: higher first, else by arrival.
+        Raises PoolExhausted; InvalidRequest for a plan of another manifest or of less than whole chunks, for a file of
+        no position or without a digest, and for chunks that do not fit; NativeUnavailable as `read`.
+        """
+        shards = shards_of(plan, manifest)
+        check_whole_chunks(plan, shards, "plan")
+        sources, extents = chunk_files(plan, shards, files)
+        if chunks is not None and (window_chunks or len(chunks) != len(plan.positions)):
+            raise InvalidRequest("chunks that are given must be one for each position, without a window", "chunks")
+        load, chunks = self._start(
+            plan, sources, extents, window=window_chunks, chunks=chunks, recover=True, priority=priority
+        )
+        return self._opened(Filling(self, load, chunks, plan, shards, directory, files), bool(files))
+
+    def _start(
+        self,
+        plan: ReadPlan,
+        files: Sequence[NativeFile],
+        extents: Sequence[Extent],
+        *,
+        window: int,
+        chunks: Sequence[int] | None = None,
+        hold: bool = False,
+        recover: bool = False,
+        priority: int,
+    ) -> tuple[_native.Load, Sequence[int]]:
+        """The load, and its chunks: `chunks`, or else new ones."""
         positions = len(plan.positions)
-        window = window_chunks if 0 < window_chunks < positions else 0
+        window = window if 0 < window < positions else 0
         reader = self._reader()
-        chunks = self.native.allocate(window or positions)
-        if chunks is None:
+        allocated = self.native.allocate(window or positions) if chunks is None else []
+        if allocated is None:
             raise PoolExhausted((window or positions) * CHUNK_BYTES, self.native.chunks_free * CHUNK_BYTES)
+        used = allocated if chunks is None else chunks
         try:
             load = reader.start(
-                [(str(directory / shard.name), shard.size_bytes, shard.mtime_ns) for shard in shards],
-                plan.extents,
-                [chunks[position % len(chunks)] for position in range(positions)],
+                files,
+                extents,
+                [used[position % len(used)] for position in range(positions)],
                 window=window,
-                hold=verify,
+                hold=hold,
+                recover=recover,
                 priority=priority,
             )
         except BaseException as error:
-            self.native.free(chunks)
+            self.native.free(allocated)
             if isinstance(error, ValueError):
                 raise InvalidRequest(f"the plan does not fit: {error}") from error
             if isinstance(error, OSError):
                 raise NativeUnavailable(f"a load cannot begin: {error}") from error
             raise
-        reading = Reading(self, load, chunks, plan, directory)
+        return load, used
+
+    def _opened(self, load: _Opened, verify: bool) -> _Opened:
         with self._lock:
-            self._readings.add(reading)
+            self._loads.add(load)
         try:
             if verify:
-                reading.verify(shards)
+                load.verify()
         except RuntimeError as error:
-            reading.close()
+            load.close()
             raise NativeUnavailable(f"a load cannot be verified: {error}") from error
-        return reading
+        return load
 
-    def free(self, reading: Reading, chunks: Sequence[int]) -> None:
-        """For the reading alone: its load has ended."""
+    def free(self, load: PoolLoad, chunks: Sequence[int]) -> None:
+        """For the load alone: it has ended."""
         with self._lock:
-            self._readings.discard(reading)
+            self._loads.discard(load)
         self.native.free(chunks)
 
     def close(self) -> None:
-        """Cancel and close every reading, then let go of the memory; it goes with its last consumer. Idempotent."""
+        """Cancel and close every load, then let go of the memory; it goes with its last consumer. Idempotent."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            readings = list(self._readings)
-        for reading in readings:
-            reading.close()
-        for reader in self._readers.values():
-            reader.close()
+            loads = list(self._loads)
+        for load in loads:
+            load.close()
+        self._readers.close()
         self.native.close()
         os.close(self.reader_fd)
 
@@ -235,46 +287,8 @@ class Pool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _engine(self) -> Engine:
-        if self._asked != "auto":
-            return self._asked
-        return "threads" if self._uring_reason else self._faster
-
     def _reader(self) -> _native.Reader:
         with self._lock:
             if self._closed:
                 raise ValueError("the pool is closed")
-            engine = self._engine()
-            if engine not in self._readers:
-                try:
-                    self._readers[engine] = make_reader(self.native, engine)
-                except OSError as error:
-                    if self._asked != "auto" or engine == "threads":
-                        raise NativeUnavailable(f"the reader {engine} cannot be had: {error}") from error
-                    self._uring_reason = error.strerror or str(error)
-                    engine = "threads"
-                    self._readers[engine] = make_reader(self.native, engine)
-            return self._readers[engine]
-
-
-def make_reader(pool: _native.Pool, engine: Engine) -> _native.Reader:
-    """Raises OSError if the kernel refuses the engine."""
-    depth, block_bytes = DEPTH_AND_BLOCK_BYTES[engine]
-    return _native.Reader(pool, engine, depth=depth, block_bytes=block_bytes)
-
-
-def _shards(plan: ReadPlan, manifest: Manifest) -> list[Shard]:
-    by_name = {shard.name: shard for shard in manifest.shards}
-    for name in plan.shards:
-        if name not in by_name or not is_plain_name(name):
-            raise InvalidRequest(f"the plan reads {shown(name)}, which is no shard of the checkpoint", "plan")
-    return [by_name[name] for name in plan.shards]
-
-
-def _check_verifiable(plan: ReadPlan, shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        if len(shard.digests) != -(-shard.size_bytes // CHUNK_BYTES):
-            raise InvalidRequest(f"{shown(shard.name)} cannot be verified: its digests are not known", "verify")
-    for _, file, offset, size in plan.extents:
-        if offset % CHUNK_BYTES or size < min(CHUNK_BYTES, shards[file].size_bytes - offset):
-            raise InvalidRequest("a plan of less than whole chunks cannot be verified", "verify")
+            return self._readers.current()

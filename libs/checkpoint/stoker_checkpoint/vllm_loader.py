@@ -1,4 +1,4 @@
-"""vLLM's load format `stoker`: weights come from a pool of pinned memory. A plug-in of vLLM, no patch to it.
+"""vLLM's load format `stoker`: weights come from a pool of pinned memory. A plug-in of vLLM.
 
     vllm serve MODEL --load-format stoker
 

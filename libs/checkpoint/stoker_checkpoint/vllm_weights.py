@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from stoker_checkpoint.device_ring import DeviceCheckpoint, attach_ring
+from stoker_checkpoint.leased import read_manifest
 from stoker_checkpoint.load import LoadedCheckpoint, attach, load
 from stoker_checkpoint.manifest import Manifest
 from stoker_checkpoint.open import open_checkpoint
@@ -58,9 +59,7 @@ class StokerModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterable[tuple[str, torch.Tensor]]:
         """Of the model itself, and of each further checkpoint that a multimodal model is put together from."""
         self._refuse(source)
-        folder, *_ = self._prepare_weights(source.model_or_path, source.subfolder, source.revision, False, None)
-        directory = Path(folder)
-        manifest = open_checkpoint(directory)
+        manifest, directory = self._find(source)
         unused = source.is_unused_weight or (lambda name: False)
         wanted = {
             tensor.name
@@ -69,6 +68,13 @@ class StokerModelLoader(DefaultModelLoader):  # type: ignore[misc]
         }
         checkpoint = self._open(manifest, directory, wanted)
         return ((source.prefix + name, tensor) for name, tensor in checkpoint.tensors() if name in wanted)
+
+    def _find(self, source: DefaultModelLoader.Source) -> tuple[Manifest, Path]:
+        """The manifest, and the directory that it is of. A leased folder has no shards for vLLM to find."""
+        if self._options.leased:
+            return read_manifest(Path(source.model_or_path)), Path(source.model_or_path)
+        folder, *_ = self._prepare_weights(source.model_or_path, source.subfolder, source.revision, False, None)
+        return open_checkpoint(Path(folder)), Path(folder)
 
     def _refuse(self, source: DefaultModelLoader.Source) -> None:
         if source.allow_patterns_overrides is not None:
@@ -87,7 +93,8 @@ class StokerModelLoader(DefaultModelLoader):  # type: ignore[misc]
         """From the leased pool, or the ring that it feeds, the first time; else through a pool of this process's own."""
         options = self._options
         if options.leased:
-            # A reload makes a new loader from the same configuration, when these numbers may mean other files.
+            # A reload makes a new loader from the same configuration, when these numbers may mean other files. It needs
+            # a model directory with shards, which a leased folder is not.
             self._options, self._given.model_loader_extra_config = Options(), {}
             alive = partial(connected, options.lease_fd)
             plan = plan_reads(manifest)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from tests.support.tiny_model import write_tiny_model
 
-from stoker_checkpoint import directory as checkpoint_directory
-from stoker_checkpoint.directory import INDEX, inspect_directory, resolve_inside
+from stoker_checkpoint import directory, layout
+from stoker_checkpoint.directory import inspect_directory, resolve_inside
+from stoker_checkpoint.layout import INDEX
 from stoker_core.errors import CorruptCheckpoint, RefusedCheckpoint
 
 
@@ -22,7 +23,7 @@ def test_the_files_that_belong_are_found(model: Path) -> None:
         (model / stray).write_bytes(b"not read")
     found = inspect_directory(model)
     assert [shard.name for shard in found.manifest.shards] == ["model.safetensors"]
-    assert [file.name for file in found.small_files] == [
+    assert list(found.small_files) == [
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -32,7 +33,7 @@ def test_the_files_that_belong_are_found(model: Path) -> None:
     ]
     assert found.config["architectures"] == ["LlamaForCausalLM"]
     assert found.total_bytes == sum((model / n).stat().st_size for n in [
-        "model.safetensors", *[file.name for file in found.small_files]
+        "model.safetensors", *found.small_files
     ])  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_shards_are_the_ones_that_the_index_names(tmp_path: Path) -> None:
     found = inspect_directory(model)
     assert len(found.manifest.shards) == 3
     assert len(found.manifest.tensors) == 21
-    assert INDEX in {file.name for file in found.small_files}
+    assert INDEX in found.small_files
 
 
 def test_one_checkpoint_is_the_same_in_one_file_and_in_shards(tmp_path: Path) -> None:
@@ -132,13 +133,14 @@ def test_a_broken_shard_is_corrupt_and_named(model: Path) -> None:
 
 
 def test_small_files_are_bounded_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_directory, "SMALL_FILES_BYTES_MAX", 1000)
+    for module in (directory, layout):
+        monkeypatch.setattr(module, "SMALL_FILES_BYTES_MAX", 1000)
     with pytest.raises(RefusedCheckpoint, match="exceed 1000 bytes"):
         inspect_directory(model)
 
 
 def test_entries_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_directory, "ENTRIES_MAX", 3)
+    monkeypatch.setattr(layout, "ENTRIES_MAX", 3)
     with pytest.raises(RefusedCheckpoint, match="more than 3 entries"):
         inspect_directory(model)
 

@@ -42,6 +42,15 @@ def test_offsets_count_from_the_start_of_the_file() -> None:
     assert shard.metadata == {"format": "pt"}
 
 
+@pytest.mark.parametrize("metadata", [b'{"a":"\\ud800"}', b'{"\\udfff":"a"}'])
+def test_metadata_that_is_no_text_is_corrupt(metadata: bytes) -> None:
+    data = file(b'{"__metadata__":' + metadata + b"}", b"")
+    with pytest.raises(CorruptCheckpoint, match="UTF-8"):
+        parse(data)
+    with pytest.raises(safetensors.SafetensorError):  # type: ignore[attr-defined]
+        reference(data)
+
+
 def test_scalars_empty_tensors_and_padding_are_fine() -> None:
     header = json.dumps({"s": entry(shape=[], offsets=[0, 4]), "z": entry(shape=[0, 5], offsets=[4, 4])}).encode()
     assert {t.name for t in parse(file(header + b"   ", b"\0" * 4)).tensors} == {"s", "z"}

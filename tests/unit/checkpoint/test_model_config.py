@@ -1,12 +1,10 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stoker_checkpoint.directory import CheckpointDirectory
 from stoker_checkpoint.header import Shard, TensorRef
 from stoker_checkpoint.manifest import Manifest
-from stoker_checkpoint.model_config import model_spec, read_config
+from stoker_checkpoint.model_config import ModelConfig, model_spec, read_config
 from stoker_contracts.models import EngineKind, ModelOptions, ModelSpec
 from stoker_core.errors import InvalidRequest, RefusedCheckpoint
 
@@ -25,15 +23,20 @@ WEIGHT_BYTES = 269_030_016
 DERIVED = ModelOptions()
 
 
-def checkpoint(stored: str = "BF16", *, without: str = "", **changes: Any) -> CheckpointDirectory:
+def checkpoint(stored: str = "BF16", *, without: str = "", **changes: Any) -> tuple[dict[str, Any], Manifest]:
+    """A configuration, and the manifest of weights that go with it."""
     config = {key: value for key, value in {**SMOLLM2_135M, **changes}.items() if key != without}
     tensor = TensorRef(name="w", dtype=stored, shape=(1,), shard="s", offset_bytes=8, size_bytes=WEIGHT_BYTES)
     shard = Shard(name="s", size_bytes=WEIGHT_BYTES + 8, data_offset_bytes=8, tensors=(tensor,), metadata={})
-    return CheckpointDirectory(root=Path("/m"), manifest=Manifest(shards=(shard,)), config=config, small_files=())
+    return config, Manifest(shards=(shard,))
+
+
+def read(**changes: Any) -> ModelConfig:
+    return read_config("s3://models/m", *checkpoint(**changes))
 
 
 def spec(options: ModelOptions = DERIVED, **changes: Any) -> ModelSpec:
-    return model_spec("smol", "model-1", "file:///m", checkpoint(**changes), options)
+    return model_spec("smol", "model-1", "file:///m", *checkpoint(**changes), options)
 
 
 def test_smollm2_135m_has_the_numbers_that_are_known_of_it() -> None:
@@ -108,8 +111,8 @@ def test_the_dtype_is_read_by_either_name_and_else_from_the_weights() -> None:
     ],
 )
 def test_a_missing_field_is_named(field: str) -> None:
-    with pytest.raises(RefusedCheckpoint, match=field):
-        read_config(checkpoint(without=field))
+    with pytest.raises(RefusedCheckpoint, match=f"s3://models/m/config.json: {field}"):
+        read(without=field)
 
 
 @pytest.mark.parametrize(
@@ -129,12 +132,12 @@ def test_a_missing_field_is_named(field: str) -> None:
 )
 def test_a_field_that_cannot_be_served_is_named(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(RefusedCheckpoint, match=reason):
-        read_config(checkpoint(**changes))
+        read(**changes)
 
 
 def test_a_multimodal_model_is_refused_as_such() -> None:
     with pytest.raises(RefusedCheckpoint, match="hidden_size is missing; text_config has it: multimodal"):
-        read_config(checkpoint(without="hidden_size", text_config={"hidden_size": 576}))
+        read(without="hidden_size", text_config={"hidden_size": 576})
 
 
 @pytest.mark.parametrize(

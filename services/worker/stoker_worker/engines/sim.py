@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stoker_checkpoint.leased import read_manifest
 from stoker_checkpoint.load import attach
-from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import plan_reads
 from stoker_contracts.inference import Finish, Sampling
 from stoker_contracts.models import ModelSpec
@@ -47,7 +47,7 @@ class SimEngine:
         self._vocab, self._step_s = spec.vocab_size, step_s
         self._running: dict[str, _Running] = {}
         began = time.monotonic()
-        manifest = open_checkpoint(lease.path)
+        manifest = read_manifest(lease.path)
         with attach(
             manifest,
             plan_reads(manifest),
