@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -45,7 +46,12 @@ from stoker_contracts.inference import (
 )
 from stoker_contracts.models import EngineKind, InstanceState, ModelSpec, Tier
 from stoker_contracts.storage import LeaseRefused
+from stoker_core.clock import SystemClock
+from stoker_core.ids import jitter
 from stoker_db.pg import PgDatabase
+from stoker_storeagent.keep import PoolKeep
+from stoker_storeagent.orphans import Orphan, Orphans
+from stoker_storeagent.table import ResidentRecord
 from stoker_worker.engines.sim import mix, sequence_state
 
 NODE = "node-a"
@@ -410,3 +416,45 @@ async def test_instances_stopped_in_the_middle_of_a_step_end_in_order_every_time
         )
         assert await rig.stop(status.instance_id) == Done()
         await rig.until(status.instance_id, InstanceState.STOPPED)
+
+
+@contextlib.asynccontextmanager
+async def kept(
+    agent: PoolKeep, descriptors: tuple[int, int], orphans: Orphans, ended: list[Orphan]
+) -> AsyncIterator[None]:
+    """While an agent runs. Like one that is killed it takes no leave."""
+    keeping = asyncio.ensure_future(agent.part(descriptors, orphans, ended.extend).run())
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.wait([keeping])
+
+
+async def test_a_worker_keeps_the_pool_of_an_agent_that_dies_and_says_who_may_read_from_it(rig: Rig):
+    """The agents are the test's."""
+    path = Path(rig.environment["STOKER_HOME"]) / "nodes" / NODE / "keeper.sock"
+    assert path.stat().st_mode & 0o777 == 0o600
+    rig.store.silent = True
+    starting, _ = await rig.start()
+    await eventually(lambda: rig.store.open_leases == 1, what="it waits for its lease")
+    ended: list[Orphan] = []
+    first, second = (PoolKeep(path, boot_id=name, clock=SystemClock(), jitter=jitter) for name in ("first", "second"))
+    assert await first.take(timeout_s=5) is None
+    pool, table = os.memfd_create("pool"), os.memfd_create("table")
+    os.pwrite(pool, b"pool", 0)
+    async with kept(first, (pool, table), Orphans((), ()), ended):
+        await eventually(lambda: "pool_kept" in rig.service.log_text())
+    os.close(pool)
+    os.close(table)
+
+    taken = await second.take(timeout_s=5)
+    assert taken
+    assert taken.loading == (starting,)
+    assert os.pread(taken.pool_fd, 4, 0) == b"pool"
+    record = ResidentRecord(model_id="m-1", chunks=(0,), complete=True, holders=(starting, "another"))
+    orphans = Orphans([record], taken.loading)
+    async with kept(second, (taken.pool_fd, taken.table_fd), orphans, ended):
+        assert await rig.stop(starting) == Done()
+        await eventually(lambda: ended == [Orphan(0, starting)])
+    taken.close()

@@ -19,11 +19,13 @@ from stoker_core.errors import DatabaseUnavailable, Disconnected, NodeTaken, NoR
 from stoker_core.ids import RandomIds
 from stoker_core.logging import get_logger
 from stoker_core.runner import Part, run_parts
+from stoker_core.unix import listen
 from stoker_db.pg import PgDatabase
 from stoker_db.ports import Database, NodeRow
 from stoker_worker.adapters.term_file import TermFile
 from stoker_worker.devices import discover
 from stoker_worker.handlers import Handlers
+from stoker_worker.keeper import PoolKeeper
 from stoker_worker.loops import StatusReporter
 from stoker_worker.manager import InstanceManager
 from stoker_worker.prepare import Preparer
@@ -68,8 +70,17 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
 
         zygotes: dict[EngineKind, Zygote] = {}
         reporter = StatusReporter(bus, state, clock, lambda engine: zygotes[engine].ready)
+        # Not before now: whoever connects is answered within moments.
+        listener = listen(settings.keeper_path, setting="STOKER_WORKER_KEEPER_SOCKET", who="worker")
+        keeper = PoolKeeper(listener, state.starting)
+        stack.callback(keeper.close)
+
+        def instances_changed() -> None:
+            reporter.changed()
+            keeper.changed()
+
         preparer = Preparer(state, zygotes, timeout_s=settings.prepare_timeout_s, changed=reporter.changed)
-        manager = InstanceManager(settings, state, zygotes, preparer, pid_files, publisher, clock, reporter.changed)
+        manager = InstanceManager(settings, state, zygotes, preparer, pid_files, publisher, clock, instances_changed)
         environment = engine_environment(settings, os.environ)
         cuda = any(device.kind == DeviceKind.CUDA for device in devices)
         for engine in settings.engine_kinds:
@@ -106,6 +117,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
         parts = [
             publisher.part(),
             Part("instances", manager.run),
+            keeper.part(),
             Part("intake", intake, stop_intake=stop_intake, drain=drain),
             *(Part(f"zygote {engine.value}", zygote.run) for engine, zygote in zygotes.items()),
         ]

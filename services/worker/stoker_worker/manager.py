@@ -284,7 +284,7 @@ class InstanceManager:
                 instance.phases = msgspec.structs.replace(
                     message.phases, announce_ms=(now_s - message.ready_at_s) * 1e3
                 )
-                instance.load_source = message.load_source
+                instance.load_source, instance.load_origin = message.load_source, message.load_origin
                 process.up_or_gone.set()
                 if instance.state == InstanceState.STARTING:
                     instance.become(InstanceState.READY)
@@ -292,7 +292,9 @@ class InstanceManager:
                     self._emit(
                         events.INSTANCE_READY,
                         instance,
-                        source=instance.load_source.value,
+                        source=instance.load_source.value,  # as events named it before they had an origin
+                        load_source=instance.load_source.value,
+                        load_origin=instance.load_origin,
                         start_ms=round(instance.phases.start_ms),
                         phases=msgspec.to_builtins(instance.phases),
                     )

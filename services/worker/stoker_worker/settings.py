@@ -25,6 +25,7 @@ class WorkerSettings(SharedSettings, frozen=True):
     zygote_timeout_s: float = 120.0
     sim_step_s: float = 0.02
     store_socket: Path | None = None  # default: <home>/nodes/<node>/store.sock
+    keeper_socket: Path | None = None  # default: <home>/nodes/<node>/keeper.sock
 
     def __post_init__(self) -> None:
         if self.devices not in ("auto", "cpu", "cuda"):
@@ -52,6 +53,10 @@ class WorkerSettings(SharedSettings, frozen=True):
     @property
     def socket_path(self) -> Path:
         return self.store_socket or self.node_directory / "store.sock"
+
+    @property
+    def keeper_path(self) -> Path:
+        return self.keeper_socket or self.node_directory / "keeper.sock"
 
     @property
     def cache_directory(self) -> Path:

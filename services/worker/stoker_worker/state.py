@@ -34,6 +34,7 @@ class Instance:
     ended_at_s: float | None = None
     phases: StartPhases = field(default_factory=StartPhases)
     load_source: Tier = Tier.UNKNOWN
+    load_origin: str = ""
     failure: str = ""
 
     @property
@@ -65,6 +66,7 @@ class Instance:
             pid=self.pid,
             phases=self.phases,
             load_source=self.load_source,
+            load_origin=self.load_origin,
             failure=self.failure,
             engine=self.model.engine.value,
         )
@@ -81,6 +83,10 @@ class WorkerState:
         self.draining = False
         self.instances: dict[str, Instance] = {}
         self.prepared: set[str] = set()
+
+    def starting(self) -> tuple[str, ...]:
+        """Ids of instances that may be reading their weights."""
+        return tuple(i.instance_id for i in self.instances.values() if i.state == InstanceState.STARTING)
 
     def check_term(self, term: int) -> Failed | None:
         """Refuse a superseded leader; remember a newer one."""

@@ -104,6 +104,7 @@ class EngineReady(Contract, frozen=True, tag="engine_ready"):
     phases: StartPhases
     load_source: Tier
     ready_at_s: float
+    load_origin: str = ""
 
 
 class Load(Contract, frozen=True, tag="load"):

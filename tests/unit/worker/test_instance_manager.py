@@ -85,7 +85,7 @@ class Rig:
     async def ready(self, command: StartInstance | None = None) -> None:
         command = command or start()
         await self.forked(command)
-        ready = EngineReady(phases=StartPhases(), load_source=Tier.SSD, ready_at_s=0.0)
+        ready = EngineReady(phases=StartPhases(), load_source=Tier.PEER, load_origin="n2", ready_at_s=0.0)
         self.say(ready, instance_id=command.instance_id)
         await until(lambda: self.instance(command.instance_id).state is READY)
 
@@ -156,6 +156,12 @@ async def test_a_ready_instance_stops_in_order(rig: Rig):
     rig.manager.exited("i-1", 0, "")
     assert rig.instance().state is STOPPED
     assert rig.killed == []
+
+
+async def test_a_ready_instance_says_where_its_weights_came_from(rig: Rig):
+    await rig.ready()
+    status = rig.instance().status(0.0)
+    assert (status.load_source, status.load_origin) == (Tier.PEER, "n2")
 
 
 async def test_an_instance_that_says_late_that_it_stops_is_stopping_and_ends_stopped(rig: Rig):

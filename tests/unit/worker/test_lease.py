@@ -108,7 +108,7 @@ def test_a_grant_brings_the_pool_and_the_board_and_no_program_that_is_started_in
         assert (held.ring_fd, held.ring_board_fd) == (-1, -1)
     assert not held.alive()
     (request,) = agent.joined()
-    assert decode(LeaseRequest, request) == LeaseRequest(model_id="m", instance_id="i", weights=True, device="")
+    assert decode(LeaseRequest, request) == LeaseRequest(model_id="m", instance_id="i", device="")
 
 
 def test_a_grant_with_a_ring_brings_its_descriptors_too_and_they_end_with_the_lease(agent: Agent) -> None:

@@ -129,3 +129,13 @@ def test_ended_instances_are_listed_for_a_while_and_then_forgotten():
     assert "i-0" in s.instances
     s.forget_ended(100.0 + ENDED_LISTED_S + 1)
     assert "i-0" not in s.instances
+
+
+def test_an_instance_starts_until_it_is_ready_or_about_to_end():
+    s = state()
+    for number, reached in enumerate([None, InstanceState.READY, InstanceState.STOPPING, InstanceState.FAILED]):
+        instance = Instance(f"i-{number}", spec(), (0,), started_at_s=0.0)
+        if reached is not None:
+            instance.become(reached)
+        s.instances[instance.instance_id] = instance
+    assert s.starting() == ("i-0",)

@@ -74,7 +74,7 @@ def start_engine(config: InstanceConfig, *, forked_at_s: float) -> tuple[Engine,
     ) as lease:
         leased_at_s = time.monotonic()
         engine = build_engine(config, lease)
-        source = lease.granted.source
+        source, origin = lease.granted.source, lease.granted.origin
     gc.collect()
     gc.freeze()  # what the engine is made of stays; a full collection would stall a step
     ready_at_s = time.monotonic()
@@ -84,7 +84,7 @@ def start_engine(config: InstanceConfig, *, forked_at_s: float) -> tuple[Engine,
         load_ms=engine.load_ms,
         engine_ms=(ready_at_s - leased_at_s) * 1e3 - engine.load_ms,
     )
-    return engine, EngineReady(phases=phases, load_source=source, ready_at_s=ready_at_s)
+    return engine, EngineReady(phases=phases, load_source=source, load_origin=origin, ready_at_s=ready_at_s)
 
 
 def _ring_device(config: InstanceConfig) -> str:

@@ -63,7 +63,12 @@ def run_instance(config: InstanceConfig, channel: socket.socket) -> int:
     up.wait()
     try:
         engine, ready = start_engine(config, forked_at_s=forked_at_s)
-        log.info("engine_ready", start_ms=round(ready.phases.start_ms), source=ready.load_source)
+        log.info(
+            "engine_ready",
+            start_ms=round(ready.phases.start_ms),
+            source=ready.load_source,
+            origin=ready.load_origin,
+        )
         server.announce(ready)
         run_engine(engine, commands, server.deliver)
         server.engine_ended()
