@@ -94,6 +94,38 @@ async def test_a_deployment_sends_only_what_was_chosen(gateway: StandIn, tmp_pat
     ]
 
 
+async def test_a_url_is_deployed_as_it_is_and_named_after_its_last_part(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {"model": MODEL, "created": True}
+    ended = await stoker("deploy", "s3://bucket/models/toy/", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert gateway.asked == [
+        ("POST", "/admin/v1/models", {"name": "toy", "source": "s3://bucket/models/toy/", "options": {}})
+    ]
+
+
+async def test_a_prefetch_sends_where_to_and_how_urgently(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {"model": "toy", "nodes": ["n1", "n2"], "tier": "ssd", "cancel": False}
+    ended = await stoker(
+        "prefetch", "toy", "n1", "n2", "--tier", "ssd", "--priority", "2", "--within", "1.5", "--url", gateway.url,
+        home=tmp_path,
+    )  # fmt: skip
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("toy: prefetch to ssd ordered on n1, n2;")
+    wish = {"nodes": ["n1", "n2"], "tier": "ssd", "priority": 2, "budget_ms": 1500}
+    assert gateway.asked == [("POST", "/admin/v1/models/toy/prefetch", wish)]
+
+
+async def test_a_prefetch_is_cancelled_everywhere_or_where_it_is_said(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = {"model": "toy", "nodes": [], "tier": "dram", "cancel": True}
+    for nodes in ((), ("n1", "n2")):
+        ended = await stoker("prefetch", "toy", *nodes, "--cancel", "--json", "--url", gateway.url, home=tmp_path)
+        assert (ended.code, json.loads(ended.out)) == (0, gateway.answer)
+    assert gateway.asked == [
+        ("DELETE", "/admin/v1/models/toy/prefetch", None),
+        ("DELETE", "/admin/v1/models/toy/prefetch?node=n1&node=n2", None),
+    ]
+
+
 async def test_a_refusal_is_one_line_and_exit_1(gateway: StandIn, tmp_path: Path) -> None:
     gateway.status = 400
     gateway.answer = {"error": {"message": "/m: shard 2 of 3 is missing", "code": "refused_checkpoint", "param": None}}

@@ -12,7 +12,18 @@ from tests.support.gateway_rig import Rig, gateway_rig, tokenizer_files, tokens_
 from stoker_bus.port import Message, answer, send
 from stoker_contracts import subjects
 from stoker_contracts.codec import decode
-from stoker_contracts.control import Failed, HeldModel, Registered, RegisterModel, StoreStatus, TierStatus
+from stoker_contracts.control import (
+    CommandReply,
+    Done,
+    Failed,
+    HeldModel,
+    LinkStatus,
+    Registered,
+    RegisterModel,
+    StoreStatus,
+    TierStatus,
+    WantPrefetch,
+)
 from stoker_contracts.models import EngineKind, InstanceState, Tier
 from stoker_db.ports import InstanceRow, NodeRow, Placement
 
@@ -44,6 +55,8 @@ async def store_says(rig: Rig, node: str, reply: Failed | None = None) -> list[R
         seq=1,
         tiers=(TierStatus(tier=Tier.SSD, capacity_bytes=100, used_bytes=10, read_bytes_per_s=5.0),),
         held=(HeldModel(model_id=rig.spec.model_id, tier=Tier.SSD, held_bytes=600, total_bytes=1200),),
+        address="here:1",
+        links=(LinkStatus(peer="node-z", read_bytes_per_s=7.0),),
     )
     await send(rig.bus, subjects.status_store(node), status)
     return asked
@@ -83,7 +96,14 @@ async def test_a_node_that_is_not_there_is_503(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [("refused_checkpoint", 400), ("corrupt_checkpoint", 400), ("invalid_model_name", 400), ("model_exists", 409)],
+    [
+        ("refused_checkpoint", 400),
+        ("corrupt_checkpoint", 400),
+        ("invalid_model_name", 400),
+        ("source_denied", 403),
+        ("model_exists", 409),
+        ("source_unavailable", 502),
+    ],
 )
 async def test_a_refused_registration_says_why(rig: Rig, code: str, expected: int) -> None:
     await store_says(rig, "node-a", Failed(code=code, message="the reason"))
@@ -116,13 +136,107 @@ async def test_models_show_their_instances_and_tiers(rig: Rig) -> None:
     await store_says(rig, "node-a")
     await _until_nodes(rig, 1)
     await rig.node.add("i1", rig.spec, tokens_of("x"))
-    await rig.database.tiers.place(Placement(model_id=rig.spec.model_id, node="node-a", tier=Tier.SSD, held_bytes=600))
     await rig.client.completions.create(model="tiny", prompt="x")
     (model,) = (await (await rig.http.get("/admin/v1/models")).json())["models"]
     assert model["name"] == "tiny"
     assert model["engine"] == "vllm"
     assert [(i["instance_id"], i["node"], i["state"]) for i in model["instances"]] == [("i1", "node-a", "ready")]
     assert model["tiers"] == [{"node": "node-a", "tier": "ssd", "held_bytes": 600, "total_bytes": 1200}]
+
+
+async def test_what_live_agents_hold_goes_before_what_the_database_remembers_of_them(rig: Rig) -> None:
+    await store_says(rig, "node-b")
+    await _until_nodes(rig, 1)
+    for node, tier, held_bytes in (("node-b", Tier.SSD, 1), ("node-b", Tier.DRAM, 2), ("away", Tier.SSD, 3)):
+        placement = Placement(model_id=rig.spec.model_id, node=node, tier=tier, held_bytes=held_bytes)
+        await rig.database.tiers.place(placement)
+    (model,) = (await (await rig.http.get("/admin/v1/models")).json())["models"]
+    assert model["tiers"] == [
+        {"node": "away", "tier": "ssd", "held_bytes": 3, "total_bytes": rig.spec.weight_bytes},
+        {"node": "node-b", "tier": "ssd", "held_bytes": 600, "total_bytes": 1200},
+    ]
+
+
+async def leader_says(rig: Rig, reply: CommandReply) -> list[WantPrefetch]:
+    """A scheduler that leads, and answers every wish so."""
+    asked: list[WantPrefetch] = []
+
+    async def want(message: Message) -> None:
+        asked.append(decode(WantPrefetch, message.data))
+        await answer(rig.bus, message, reply)
+
+    await rig.bus.subscribe(subjects.SCHEDULER_PREFETCH, want)
+    return asked
+
+
+async def test_a_prefetch_is_handed_to_the_leader_and_accepted(rig: Rig) -> None:
+    asked = await leader_says(rig, Done())
+    wish = {"nodes": ["node-a"], "tier": "ssd", "priority": -2, "budget_ms": 500}
+    status, body, _ = await rig.post("/admin/v1/models/tiny/prefetch", wish)
+    assert (status, body) == (202, {"model": "tiny", "model_id": rig.spec.model_id, "cancel": False, **wish})
+    status, body, _ = await rig.post("/admin/v1/models/tiny/prefetch", b"")
+    assert (status, body["nodes"], body["tier"]) == (202, [], "dram")
+    assert asked == [
+        WantPrefetch(
+            model_id=rig.spec.model_id, nodes=("node-a",), tier=Tier.SSD, priority=-2, budget_ms=500, cancel=False
+        ),
+        WantPrefetch(model_id=rig.spec.model_id),
+    ]
+
+
+async def test_a_prefetch_is_cancelled_on_the_nodes_that_are_named(rig: Rig) -> None:
+    asked = await leader_says(rig, Done())
+    response = await rig.http.delete("/admin/v1/models/tiny/prefetch?node=node-a&node=node-b")
+    assert (response.status, (await response.json())["cancel"]) == (202, True)
+    assert asked == [WantPrefetch(model_id=rig.spec.model_id, nodes=("node-a", "node-b"), cancel=True)]
+    assert (await rig.http.delete("/admin/v1/models/tiny/prefetch?node=a.b")).status == 400
+
+
+async def test_what_the_leader_refuses_says_why(rig: Rig) -> None:
+    await leader_says(rig, Failed(code="no_node", message="no storage agent is live", retryable=True))
+    status, body, response = await rig.post("/admin/v1/models/tiny/prefetch", {})
+    assert status == 503
+    assert response.headers["Retry-After"]
+    assert (body["error"]["code"], body["error"]["message"]) == ("no_node", "no storage agent is live")  # type: ignore[index]
+
+
+async def test_without_a_leader_a_prefetch_is_503(rig: Rig) -> None:
+    status, body, _ = await rig.post("/admin/v1/models/tiny/prefetch", {})
+    assert (status, body["error"]["code"]) == (503, "no_responders")  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"nodes": "node-a"}, "nodes"),
+        ({"nodes": [1]}, "nodes"),
+        ({"nodes": ["a.b"]}, "nodes"),
+        ({"nodes": ["n"] * 257}, "nodes"),
+        ({"tier": "gpu"}, "tier"),
+        ({"tier": 1}, "tier"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": 1001}, "priority"),
+        ({"budget_ms": -1}, "budget_ms"),
+        ({"made_up": 1}, "made_up"),
+    ],
+)
+async def test_a_bad_prefetch_names_its_field_and_asks_nobody(rig: Rig, body: dict[str, object], param: str) -> None:
+    asked = await leader_says(rig, Done())
+    status, answered, _ = await rig.post("/admin/v1/models/tiny/prefetch", body)
+    assert (status, answered["error"]["param"]) == (400, param)  # type: ignore[index]
+    assert asked == []
+
+
+async def test_a_prefetch_of_an_unknown_model_is_404(rig: Rig) -> None:
+    assert (await rig.post("/admin/v1/models/absent/prefetch", {}))[0] == 404
+    assert (await rig.http.delete("/admin/v1/models/absent/prefetch")).status == 404
+
+
+async def test_a_model_in_an_object_store_is_registered_by_any_live_agent(rig: Rig) -> None:
+    asked = await store_says(rig, "node-a")
+    await _until_nodes(rig, 1)
+    status, _, _ = await rig.post("/admin/v1/models", {**BODY, "source": "s3://bucket/some/prefix"})
+    assert (status, asked[0].source) == (201, "s3://bucket/some/prefix")
 
 
 async def test_a_deleted_model_is_gone_at_once(rig: Rig) -> None:
@@ -162,6 +276,9 @@ async def test_nodes_show_what_lives_and_what_is_only_registered(rig: Rig) -> No
     assert not nodes["away"]["live"]
     assert nodes["node-a"]["store_live"]
     assert nodes["node-a"]["tiers"][0]["read_bytes_per_s"] == 5.0
+    assert nodes["node-a"]["address"] == "here:1"
+    assert nodes["node-a"]["links"] == [{"peer": "node-z", "read_bytes_per_s": 7.0, "read_bytes": 0}]
+    assert nodes["away"]["links"] == []
 
 
 async def _until_nodes(rig: Rig, count: int) -> None:

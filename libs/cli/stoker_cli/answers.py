@@ -64,6 +64,7 @@ class Instance(Answer, frozen=True):
     age_ms: int = 0
     phases: Phases = Phases()
     load_source: str = ""
+    load_origin: str = ""
     failure: str = ""
     engine: str = ""
 
@@ -86,6 +87,12 @@ class NodeTier(Answer, frozen=True):
     read_bytes_per_s: float = 0.0
 
 
+class NodeLink(Answer, frozen=True):
+    peer: str
+    read_bytes_per_s: float = 0.0
+    read_bytes: int = 0
+
+
 class Node(Answer, frozen=True):
     node: str
     boot_id: str = ""
@@ -93,11 +100,21 @@ class Node(Answer, frozen=True):
     zygote_ready: bool = False
     draining: bool = False
     tiers: list[NodeTier] = []
+    links: list[NodeLink] = []
     prepared: list[str] = []
 
 
 class Nodes(Answer, frozen=True):
     nodes: list[Node]
+
+
+class Prefetched(Answer, frozen=True):
+    """Answer to a prefetch. nodes: empty: all live ones."""
+
+    model: str
+    nodes: list[str] = []
+    tier: str = ""
+    cancel: bool = False
 
 
 class Deployed(Answer, frozen=True):

@@ -43,7 +43,7 @@ def prepare(home: Path, node: str) -> None:
 
     The folders are closed one by one: as root, the home itself lets the database's account pass.
     """
-    longest = home / "nodes" / node / "store.sock"
+    longest = home / "nodes" / node / "keeper.sock"
     if len(os.fsencode(longest)) > _SOCKET_PATH_MAX:
         raise InvalidSettings(
             f"STOKER_HOME: {home} is too long: {longest} must have at most {_SOCKET_PATH_MAX} bytes to be a Unix socket"

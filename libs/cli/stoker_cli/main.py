@@ -52,7 +52,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
     \b
     stoker up                                   a whole system on this machine
-    stoker deploy ./my-model --name my-model    register a Hugging Face directory
+    stoker deploy ./my-model --name my-model    register a Hugging Face directory, or one in S3
+    stoker prefetch my-model                    bring it to the nodes before it is asked
     stoker chat smollm2-135m "Hello!"           talk to a model; it starts when asked
     """
     from stoker_core.logging import setup_logging
@@ -102,8 +103,10 @@ def up(
 
 @app.command()
 def deploy(
-    directory: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
-    name: Annotated[str | None, typer.Option(help="What requests call it. Default: the directory's name.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A Hugging Face directory with safetensors: a path, or s3://bucket/prefix.")
+    ],
+    name: Annotated[str | None, typer.Option(help="What requests call it. Default: the last part of its path.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens. Default: the model's own.")] = None,
     slots: Annotated[int | None, typer.Option(help="Requests in one batch. Default 8.")] = None,
     keep_alive: Annotated[float | None, typer.Option(help="Seconds of idleness before it stops. Default 60.")] = None,
@@ -122,12 +125,16 @@ def deploy(
     \b
     stoker deploy ./SmolLM2-360M-Instruct --name smollm2-360m
     stoker deploy /models/qwen3 --max-model-len 4096 --keep-alive 300
+    stoker deploy s3://models/qwen3-8b --name qwen3
+
+    Credentials of S3 are the storage agents' own: they read it, not this command.
     """
     from stoker_cli import render
     from stoker_cli.answers import Deployed
     from stoker_cli.client import parse
+    from stoker_cli.source import default_name, source_url
 
-    source = directory.expanduser().resolve()
+    url_of_source = source_url(source)
     chosen = {
         "max_model_len": max_model_len,
         "slots": slots,
@@ -139,7 +146,7 @@ def deploy(
         "queue_max": queue_max,
     }
     options = {key: value for key, value in chosen.items() if value is not None}
-    body = {"name": name or source.name, "source": source.as_uri(), "options": options}
+    body = {"name": name or default_name(url_of_source), "source": url_of_source, "options": options}
     answer = _call(url, "POST", "/admin/v1/models", body, timeout_s=600.0)
     if as_json:
         output.as_json(answer)
@@ -153,7 +160,7 @@ def models(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """List the registered models.
+    """List the registered models; with --tiers how much of each lies where, also while it arrives.
 
     \b
     stoker models
@@ -167,8 +174,48 @@ def models(
 
 
 @app.command()
+def prefetch(
+    model: Annotated[str, typer.Argument(help="A registered model.")],
+    nodes: Annotated[list[str] | None, typer.Argument(help="Where to. Default: all nodes that are live.")] = None,
+    tier: Annotated[str, typer.Option(help="dram (the pool of memory, and the SSD beside), or ssd alone.")] = "dram",
+    priority: Annotated[int, typer.Option(help="Higher goes first; starts go before all.")] = 0,
+    within: Annotated[float | None, typer.Option(help="Seconds after which it need not begin any more.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Give up instead what was wanted before.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a model to nodes before anybody asks for it. Returns once it is ordered; the nodes work in the background.
+
+    \b
+    stoker prefetch qwen3
+    stoker prefetch qwen3 node-a node-b --tier ssd --priority 5
+    stoker prefetch qwen3 --cancel
+    stoker models --tiers                        how far it is
+    stoker events --filter 'tier.prefetch.*'     as it goes
+    """
+    from urllib.parse import quote, urlencode
+
+    from stoker_cli import render
+    from stoker_cli.answers import Prefetched
+    from stoker_cli.client import parse
+
+    path = f"/admin/v1/models/{quote(model, safe='')}/prefetch"
+    if cancel:
+        chosen = urlencode([("node", node) for node in nodes or ()])
+        answer = _call(url, "DELETE", f"{path}?{chosen}" if chosen else path)
+    else:
+        body = {"nodes": nodes or [], "tier": tier, "priority": priority}
+        limit = {} if within is None else {"budget_ms": round(within * 1000)}
+        answer = _call(url, "POST", path, {**body, **limit})
+    if as_json:
+        output.as_json(answer)
+    else:
+        typer.echo(render.prefetched(parse(answer, Prefetched)))
+
+
+@app.command()
 def ps(url: Url = None, as_json: Json = False) -> None:
-    """List the instances: what runs where, how busy it is, and where its start went.
+    """List the instances: what runs where, how busy it is, where its weights came from, and where its start went.
 
     \b
     stoker ps
@@ -181,7 +228,7 @@ def ps(url: Url = None, as_json: Json = False) -> None:
 
 @app.command()
 def nodes(url: Url = None, as_json: Json = False) -> None:
-    """List the nodes with their devices and tiers.
+    """List the nodes with their devices, tiers, and links to the peers that they read from.
 
     \b
     stoker nodes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from stoker_cli.answers import Deployed, Instance, Model, Node, Phases
+from stoker_cli.answers import Deployed, Instance, Model, Node, NodeLink, Phases, Prefetched
 
 STATE_STYLES = {"ready": "green", "starting": "yellow", "stopping": "yellow", "failed": "red"}
 
@@ -19,6 +19,11 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def percent(part: int, whole: int) -> str:
+    """Rounded down: 100% is all of it."""
+    return f"{100 * part // whole if whole else 0}%"
 
 
 def duration(ms: float) -> str:
@@ -86,9 +91,13 @@ def tiers_table(models: Sequence[Model]) -> Table:
     table = _table("NAME", "NODE", "TIER", "HELD", "OF", "", right=("HELD", "OF"))
     for model in models:
         for tier in model.tiers:
-            share = tier.held_bytes / tier.total_bytes if tier.total_bytes else 0.0
             table.add_row(
-                model.name, tier.node, tier.tier, size(tier.held_bytes), size(tier.total_bytes), f"{share:.0%}"
+                model.name,
+                tier.node,
+                tier.tier,
+                size(tier.held_bytes),
+                size(tier.total_bytes),
+                percent(tier.held_bytes, tier.total_bytes),
             )
         if not model.tiers:
             table.add_row(model.name, "[dim]in no tier yet[/]", "", "", "", "")
@@ -110,15 +119,28 @@ def instances_table(instances: Sequence[Instance]) -> Table:
             str(instance.room),
             duration(instance.idle_ms),
             duration(instance.age_ms),
-            "" if instance.load_source == "unknown" else instance.load_source,
+            source(instance),
             escape(instance.failure) or phases(instance.phases),
         )
     return table
 
 
+def source(instance: Instance) -> str:
+    """Where its weights came from: 'dram', 'remote (s3)', 'peer (node-b)'; '' before it is known."""
+    if instance.load_source in ("", "unknown"):
+        return ""
+    return escape(f"{instance.load_source} ({instance.load_origin})" if instance.load_origin else instance.load_source)
+
+
+def link(seen: NodeLink) -> str:
+    """'from node-b: 1.2 GiB/s, 3.4 GiB so far'."""
+    rate = f"{size(seen.read_bytes_per_s)}/s, " if seen.read_bytes_per_s else ""
+    return f"from {seen.peer}: {rate}{size(seen.read_bytes)} so far"
+
+
 def nodes_table(nodes: Sequence[Node]) -> Table:
-    """One line a node: devices, tiers, and whether it can start instances."""
-    table = _table("NAME", "STATE", "DEVICES", "TIERS", "PREPARED")
+    """One line a node: devices, tiers, links to peers, and whether it can start instances."""
+    table = _table("NAME", "STATE", "DEVICES", "TIERS", "LINKS", "PREPARED")
     for node in nodes:
         status = "draining" if node.draining else "ready" if node.zygote_ready else "starting"
         table.add_row(
@@ -126,9 +148,18 @@ def nodes_table(nodes: Sequence[Node]) -> Table:
             state(status),
             "\n".join(f"{d.index}: {escape(d.name)} ({d.kind}, {size(d.memory_bytes)})" for d in node.devices),
             "\n".join(f"{t.tier}: {size(t.used_bytes)} of {size(t.capacity_bytes)}" for t in node.tiers),
+            "\n".join(link(seen) for seen in node.links),
             "\n".join(node.prepared),
         )
     return table
+
+
+def prefetched(answer: Prefetched) -> str:
+    """What was ordered, for the terminal."""
+    where = ", ".join(answer.nodes) or "all live nodes"
+    if answer.cancel:
+        return f"{answer.model}: prefetch given up on {where}"
+    return f"{answer.model}: prefetch to {answer.tier} ordered on {where}; `stoker models --tiers` shows how far it is"
 
 
 def deployed(answer: Deployed) -> str:

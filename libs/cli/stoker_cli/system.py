@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import signal
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,11 @@ def servers(
     return nats, postgres
 
 
+def peer_token(cluster_secret: str) -> str:
+    """What storage agents prove to each other that they know. Not the secret itself, which gateways use for another thing."""
+    return hmac.new(cluster_secret.encode(), b"stoker storage agents", "sha256").hexdigest()
+
+
 def service_env(
     settings: UpSettings, endpoints: Endpoints, secrets: Secrets, base: Mapping[str, str]
 ) -> dict[str, str]:
@@ -40,6 +46,7 @@ def service_env(
         "STOKER_GATEWAY_HOST": HOST,
         "STOKER_GATEWAY_PORT": port,
         "STOKER_GATEWAY_CLUSTER_SECRET": secrets.cluster_secret,
+        "STOKER_STOREAGENT_CLUSTER_TOKEN": peer_token(secrets.cluster_secret),
         "PYTHONUNBUFFERED": "1",
     }
     if settings.cpu_slots is not None:

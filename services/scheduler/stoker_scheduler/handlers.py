@@ -49,7 +49,7 @@ class Handlers:
         self.heard(decode(WorkerStatus, message.data))
 
     async def on_store_status(self, message: Message) -> None:
-        self._state.apply_store(decode(StoreStatus, message.data))
+        self._state.apply_store(decode(StoreStatus, message.data), self._clock.monotonic_s())
 
     def heard(self, status: WorkerStatus) -> None:
         """A worker's state, published or as the answer to a term."""

@@ -20,7 +20,9 @@ from stoker_core.runner import Part, every
 from stoker_db.ports import Database, InstanceRow, Leadership
 from stoker_policy import Prepare, Reject, Start, Stop, decide
 from stoker_scheduler.handlers import Handlers, Wakes
-from stoker_scheduler.orders import Orders, PrepareOrder, StartOrder, StopOrder
+from stoker_scheduler.order_kinds import PrepareOrder, StartOrder, StopOrder
+from stoker_scheduler.orders import Orders
+from stoker_scheduler.prefetch import Prefetches
 from stoker_scheduler.reconcile import reconcile
 from stoker_scheduler.settings import SchedulerSettings
 from stoker_scheduler.silence import Silence
@@ -78,6 +80,9 @@ class Leader:
             timeout_s=settings.command_timeout_s,
             start_budget_s=settings.start_budget_s,
         )
+        self.prefetches = Prefetches(
+            self.state, self.orders, clock, self.refresh_models, live_s=settings.silence_limit_s
+        )
 
     async def begin(self) -> None:
         """Read what Postgres knows, then listen. Raises DatabaseUnavailable, Disconnected."""
@@ -86,6 +91,7 @@ class Leader:
         rows = await self._database.instances.live()
         self.state.load(models, nodes, rows)
         self._subscriptions = await self.handlers.subscribe(self._bus)
+        self._subscriptions.append(await self.prefetches.subscribe(self._bus))
         log.info("leading", term=self.state.term, models=len(models), nodes=len(nodes), instances=len(rows))
 
     async def end(self) -> None:
@@ -172,7 +178,7 @@ class Leader:
         self._rejected = rejected
 
     def _close(self) -> None:
-        self._closing = True
+        self._closing = self.prefetches.closing = True
 
     def _start(self, command: Start, now_s: float) -> None:
         state = self.state

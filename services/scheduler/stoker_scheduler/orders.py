@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
 from stoker_bus.events import EventPublisher
 from stoker_bus.port import Bus, ask
 from stoker_contracts import subjects
-from stoker_contracts.control import CommandReply, Done, Failed, PrepareModel, StartInstance, StopInstance
+from stoker_contracts.codec import Contract
+from stoker_contracts.control import (
+    CancelPrefetch,
+    CommandReply,
+    Done,
+    Failed,
+    PrefetchModel,
+    PrepareModel,
+    StartInstance,
+    StopInstance,
+)
 from stoker_contracts.events import INSTANCE_PLACED
-from stoker_contracts.models import InstanceState, ModelSpec
+from stoker_contracts.models import InstanceState
 from stoker_core.clock import Clock
 from stoker_core.errors import (
     BusError,
@@ -27,6 +37,7 @@ from stoker_core.errors import (
 )
 from stoker_core.logging import get_logger
 from stoker_db.ports import InstanceRow, Instances
+from stoker_scheduler.order_kinds import Order, PrefetchOrder, PrepareOrder, StartOrder, StopOrder
 from stoker_scheduler.state import State
 
 log = get_logger("orders")
@@ -40,32 +51,6 @@ NODES_FAULT = frozenset(
     {WRONG_BOOT, Stopping.code, NoResponders.code, RequestTimeout.code, Disconnected.code, InvalidMessage.code}
 )
 """Answers that say nothing of the model. Nothing more goes to that node until it is heard again."""
-
-
-@dataclass(frozen=True)
-class StartOrder:
-    """row: as it shall be desired.  decided_s, demanded_s: when it was decided, and since when it is wanted."""
-
-    row: InstanceRow
-    model: ModelSpec
-    decided_s: float
-    demanded_s: float
-
-
-@dataclass(frozen=True)
-class StopOrder:
-    row: InstanceRow
-    only_if_idle: bool
-
-
-@dataclass(frozen=True)
-class PrepareOrder:
-    node: str
-    boot_id: str
-    model: ModelSpec
-
-
-Order = StartOrder | StopOrder | PrepareOrder
 
 
 class Orders:
@@ -89,10 +74,16 @@ class Orders:
         self._at_once, self._timeout_s, self._start_budget_s = at_once, timeout_s, start_budget_s
         self._waiting: asyncio.Queue[Order] = asyncio.Queue(WAITING_MAX)
         self._in_hand: set[str] = set()
+        self._wanted: dict[tuple[str, str], PrefetchOrder] = {}
 
     @property
     def full(self) -> bool:
         return self._waiting.full()
+
+    @property
+    def room(self) -> int:
+        """How many more orders may be given."""
+        return WAITING_MAX - self._waiting.qsize()
 
     def in_hand(self, instance_id: str) -> bool:
         """Whether an order for this instance waits or is being carried out."""
@@ -101,8 +92,11 @@ class Orders:
     def give(self, order: Order) -> None:
         """Queue an order. Raises asyncio.QueueFull: ask `full` first."""
         self._waiting.put_nowait(order)
-        if not isinstance(order, PrepareOrder):
-            self._in_hand.add(order.row.instance_id)
+        match order:
+            case StartOrder() | StopOrder():
+                self._in_hand.add(order.row.instance_id)
+            case PrefetchOrder():
+                self._wanted[order.key] = order
 
     async def run(self) -> None:
         """Carry orders out until cancelled. Raises a group of StaleTerm, BusLost."""
@@ -119,8 +113,11 @@ class Orders:
             try:
                 await self._carry_out(order)
             finally:
-                if not isinstance(order, PrepareOrder):
-                    self._in_hand.discard(order.row.instance_id)
+                match order:
+                    case StartOrder() | StopOrder():
+                        self._in_hand.discard(order.row.instance_id)
+                    case PrefetchOrder() if self._newest(order):
+                        del self._wanted[order.key]
                 self._waiting.task_done()
 
     async def _carry_out(self, order: Order) -> None:
@@ -131,6 +128,8 @@ class Orders:
                 await self._stop(order)
             case PrepareOrder():
                 await self._prepare(order)
+            case PrefetchOrder():
+                await self._prefetch(order)
 
     async def _start(self, order: StartOrder) -> None:
         row = order.row
@@ -203,16 +202,55 @@ class Orders:
         if isinstance(reply, Failed):
             log.warning("prepare_failed", node=order.node, code=reply.code, reason=reply.message)
 
+    async def _prefetch(self, order: PrefetchOrder) -> None:
+        want, waited_ms = order.want, round((self._clock.monotonic_s() - order.ordered_s) * 1000)
+        command: PrefetchModel | CancelPrefetch
+        if want.cancel:
+            subject = subjects.store_cancel(order.node)
+            command = CancelPrefetch(model_id=want.model_id, term=self._state.term)
+        else:
+            subject = subjects.store_prefetch(order.node)
+            command = PrefetchModel(
+                model_id=want.model_id,
+                tier=want.tier,
+                term=self._state.term,
+                priority=want.priority,
+                # 0 means no limit; one that is over says so to the agent by the least there is.
+                budget_ms=max(1, want.budget_ms - waited_ms) if want.budget_ms else 0,
+                sources=order.sources,
+            )
+        # A storage agent that does not answer says nothing of its node's worker.
+        reply = await self._ask(subject, command, lambda: self._newest(order))
+        if isinstance(reply, Failed):
+            log.warning(
+                "cancel_failed" if want.cancel else "prefetch_failed",
+                node=order.node,
+                model_id=want.model_id,
+                code=reply.code,
+                reason=reply.message,
+            )
+
+    def _newest(self, order: PrefetchOrder) -> bool:
+        """Whether nothing else was ordered meanwhile for the same model there; what was takes its place."""
+        return self._wanted.get(order.key) is order
+
     async def _desire(self, row: InstanceRow) -> None:
         await self._instances.desire(row)
         self._state.desired(row)
 
-    async def _command(
-        self, node: str, subject: str, command: StartInstance | StopInstance | PrepareModel
-    ) -> CommandReply:
-        """The worker's answer, or what kept it from coming. Raises StaleTerm, BusLost."""
+    async def _command(self, node: str, subject: str, command: Contract) -> CommandReply:
+        """As `_ask`, of a worker: nothing more goes to its node if the node is at fault."""
+        reply = await self._ask(subject, command)
+        if isinstance(reply, Failed) and reply.code in NODES_FAULT:
+            self._state.unanswered(node)
+        return reply
+
+    async def _ask(self, subject: str, command: Contract, wanted: Callable[[], bool] = lambda: True) -> CommandReply:
+        """The answer, or what kept it from coming; Done unless it is `wanted` still. Raises StaleTerm, BusLost."""
         reply: CommandReply = Done()
         for _ in range(TRIES):
+            if not wanted():
+                return Done()
             try:
                 reply = await ask(self._bus, subject, command, CommandReply, timeout_s=self._timeout_s)
                 break
@@ -223,9 +261,6 @@ class Orders:
                     raise
                 reply = Failed(code=error.code, message=error.message, retryable=error.retryable)
                 break
-        if isinstance(reply, Failed):
-            if reply.code == StaleTerm.code:
-                raise StaleTerm(self._state.term)
-            if reply.code in NODES_FAULT:
-                self._state.unanswered(node)
+        if isinstance(reply, Failed) and reply.code == StaleTerm.code:
+            raise StaleTerm(self._state.term)
         return reply

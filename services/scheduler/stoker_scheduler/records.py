@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stoker_contracts.control import HeldModel, InstanceStatus, WorkerStatus
+from stoker_contracts.control import InstanceStatus, StoreStatus, WorkerStatus
 from stoker_contracts.models import Device, InstanceState
 from stoker_db.ports import InstanceRow
 
@@ -17,6 +17,7 @@ class Node:
     """One node. answered: what it last said, it said knowing this leader's term, and it answers commands.
 
     heard_s: when this leader last heard it; None: never.  retired: its earlier boots, whose late words are dropped.
+    store, store_heard_s: what its storage agent said last, and when.
     """
 
     name: str
@@ -26,7 +27,8 @@ class Node:
     answered: bool = False
     silent: bool = False
     retired: tuple[str, ...] = ()
-    held: tuple[HeldModel, ...] = ()
+    store: StoreStatus | None = None
+    store_heard_s: float = 0.0
     prepare_asked_s: dict[str, float] = field(default_factory=dict)
 
     @property

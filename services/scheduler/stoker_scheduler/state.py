@@ -63,8 +63,17 @@ class State:
         """False: dropped, there are too many."""
         return self.demands.apply(demand, now_s)
 
-    def apply_store(self, status: StoreStatus) -> None:
-        self._node(status.node).held = status.held
+    def apply_store(self, status: StoreStatus, now_s: float) -> None:
+        """Take what a storage agent says. An older word of the same boot is dropped."""
+        node = self._node(status.node)
+        if node.store and node.store.boot_id == status.boot_id and status.seq <= node.store.seq:
+            return
+        node.store, node.store_heard_s = status, now_s
+
+    def live_stores(self, now_s: float, limit_s: float) -> list[StoreStatus]:
+        """Of the storage agents that were heard within limit_s, by node."""
+        heard = [node for node in self.nodes.values() if node.store and now_s - node.store_heard_s <= limit_s]
+        return [node.store for node in sorted(heard, key=lambda node: node.name) if node.store]
 
     def apply_status(self, status: WorkerStatus, now_s: float) -> bool:
         """Take a node's full list. False: it is older than what is known, and was dropped.

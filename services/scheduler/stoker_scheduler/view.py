@@ -32,7 +32,9 @@ def _node(node: Node, now_s: float, prepare_again_s: float) -> NodeView:
         zygote_ready=status.zygote_ready if status else False,
         prepared=status.prepared if status else (),
         preparing=tuple(a for a, asked_s in node.prepare_asked_s.items() if now_s - asked_s < prepare_again_s),
-        held=tuple(HeldView(model_id=h.model_id, held_bytes=h.held_bytes) for h in node.held),
+        held=tuple(HeldView(model_id=h.model_id, held_bytes=h.held_bytes) for h in node.store.held)
+        if node.store
+        else (),
     )
 
 

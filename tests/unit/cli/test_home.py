@@ -62,6 +62,13 @@ def test_a_second_system_in_one_home_is_told_where_the_first_is(place: Path) -> 
         pass
 
 
+def test_the_longest_socket_of_a_node_fits_below_a_home_that_is_accepted(tmp_path: Path) -> None:
+    room = 107 - len(str(tmp_path)) - len("//nodes/node-a/keeper.sock")
+    home.prepare(tmp_path / ("x" * room), "node-a")
+    with pytest.raises(InvalidSettings, match="is too long"):
+        home.prepare(tmp_path / ("x" * (room + 1)), "node-a")
+
+
 def test_a_home_too_deep_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="is too long"):
         home.prepare(tmp_path / ("x" * 100), "node-a")

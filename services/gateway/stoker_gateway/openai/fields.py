@@ -85,6 +85,17 @@ class Fields:
             raise self.refuse(field, f"must be {'over' if open_below else 'from'} {least:g} to {most:g}")
         return float(value)
 
+    def strings(self, field: str, *, most: int) -> tuple[str, ...]:
+        """An array of at most `most` strings; empty if it is absent."""
+        value = self.take(field)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.refuse(field, "must be an array of strings")
+        if len(value) > most:
+            raise self.refuse(field, f"must have at most {most} elements")
+        return tuple(value)
+
     def only(self, field: str, *allowed: object) -> None:
         """Take a parameter that is not supported: only values under which it does nothing may be given."""
         value = self.take(field)

@@ -14,9 +14,17 @@ from aiohttp import web
 from stoker_bus.events import EventPublisher
 from stoker_bus.port import Bus, ask
 from stoker_contracts import subjects
-from stoker_contracts.control import Failed, InstanceStatus, RegisterModel, RegisterReply, StoreStatus
+from stoker_contracts.control import (
+    CommandReply,
+    Failed,
+    InstanceStatus,
+    RegisterModel,
+    RegisterReply,
+    StoreStatus,
+    WantPrefetch,
+)
 from stoker_contracts.events import MODEL_DELETED
-from stoker_contracts.models import ModelOptions, ModelSpec
+from stoker_contracts.models import ModelOptions, ModelSpec, Tier
 from stoker_core.errors import InvalidRequest, NoNode
 from stoker_db.ports import Database, InstanceRow, Placement
 from stoker_gateway.catalogue import Catalogue
@@ -28,6 +36,10 @@ from stoker_gateway.web.middleware import json_response
 
 _NODE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 INSTANCES_MAX = 100  # ended ones included
+NODES_MAX = 256  # in one prefetch
+PRIORITY_MAX = 1000  # either way
+BUDGET_MS_MAX = 24 * 3600 * 1000
+PREFETCH_TIMEOUT_S = 15.0  # the leader may read the models again first
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class AdminRoutes:
             web.post("/admin/v1/models", self.register),
             web.get("/admin/v1/models", self.models),
             web.delete("/admin/v1/models/{name}", self.delete),
+            web.post("/admin/v1/models/{name}/prefetch", self.prefetch),
+            web.delete("/admin/v1/models/{name}/prefetch", self.cancel_prefetch),
             web.get("/admin/v1/instances", self.instances),
             web.get("/admin/v1/nodes", self.nodes),
         ]
@@ -61,17 +75,16 @@ class AdminRoutes:
         fields.refuse_rest()
         if node is None:
             raise NoNode("no storage agent is live; start a node first")
-        if not _NODE_NAME.fullmatch(node):
-            raise InvalidRequest(f"node: {node!r} is no node name", "node")
+        _check_node(node, "node")
         reply: RegisterReply = await ask(
             self.bus, subjects.store_register(node), message, RegisterReply, timeout_s=self.register_timeout_s
         )
         if isinstance(reply, Failed):
-            status = status_of(reply.code)
-            return json_response(error_body(status, reply.code, reply.message), status)
+            return _refused(reply)
         await self.catalogue.refresh()
+        placements = await self.database.tiers.placements(reply.model.model_id)
         answer = {
-            "model": self._model(reply.model, await self.database.tiers.placements(reply.model.model_id)),
+            "model": self._model(reply.model, self._held().get(reply.model.model_id, []), placements),
             "created": reply.created,
             "files": reply.files,
             "total_bytes": reply.total_bytes,
@@ -79,12 +92,38 @@ class AdminRoutes:
         return json_response(answer, 201 if reply.created else 200)
 
     async def models(self, request: web.Request) -> web.StreamResponse:
-        """{models: [specification, instances: […], tiers: [{node, tier, held_bytes, total_bytes}]]}."""
-        held: dict[str, list[Placement]] = defaultdict(list)
+        """{models: [specification, instances: […], tiers: [{node, tier, held_bytes, total_bytes}]]}.
+
+        tiers: as live storage agents say, also of what is there in part; of silent ones as the database has it.
+        """
+        placements: dict[str, list[Placement]] = defaultdict(list)
         for placement in await self.database.tiers.placements():
-            held[placement.model_id].append(placement)
+            placements[placement.model_id].append(placement)
         specs = await self.database.models.all()
-        return json_response({"models": [self._model(spec, held[spec.model_id]) for spec in specs]})
+        held = self._held()
+        found = [self._model(spec, held.get(spec.model_id, []), placements[spec.model_id]) for spec in specs]
+        return json_response({"models": found})
+
+    async def prefetch(self, request: web.Request) -> web.StreamResponse:
+        """{nodes?, tier?, priority?, budget_ms?} → 202: the scheduler has ordered it. nodes: empty or absent: all live ones."""
+        fields = Fields(decode_object(await request.read() or b"{}"))
+        want = WantPrefetch(
+            model_id=self.catalogue.get(request.match_info["name"]).model_id,
+            nodes=fields.strings("nodes", most=NODES_MAX),
+            tier=_tier(fields),
+            priority=fields.integer("priority", least=-PRIORITY_MAX, most=PRIORITY_MAX) or 0,
+            budget_ms=fields.integer("budget_ms", least=0, most=BUDGET_MS_MAX) or 0,
+        )
+        fields.refuse_rest()
+        return await self._want(request, want)
+
+    async def cancel_prefetch(self, request: web.Request) -> web.StreamResponse:
+        """?node=…&node=… → 202: the scheduler has ordered those nodes, or all live ones, to give it up."""
+        nodes = tuple(request.query.getall("node", []))
+        if len(nodes) > NODES_MAX:
+            raise InvalidRequest(f"node: may be given at most {NODES_MAX} times", "node")
+        model_id = self.catalogue.get(request.match_info["name"]).model_id
+        return await self._want(request, WantPrefetch(model_id=model_id, nodes=nodes, cancel=True))
 
     async def delete(self, request: web.Request) -> web.StreamResponse:
         """Forget a model. Its instances stop when the scheduler notices; its files leave the tiers when room is needed."""
@@ -125,31 +164,51 @@ class AdminRoutes:
                     "draining": worker is not None and worker.draining,
                     "prepared": worker.prepared if worker else (),
                     "store_live": store is not None,
+                    "address": store.address if store else "",
                     "tiers": [_full(tier) for tier in store.tiers] if store else [],
+                    "links": [_full(link) for link in store.links] if store else [],
                 }
             )
         return json_response({"nodes": nodes})
 
-    def _model(self, spec: ModelSpec, placements: Sequence[Placement]) -> dict[str, Any]:
+    async def _want(self, request: web.Request, want: WantPrefetch) -> web.StreamResponse:
+        for node in want.nodes:
+            _check_node(node, "node" if want.cancel else "nodes")
+        reply: CommandReply = await ask(
+            self.bus, subjects.SCHEDULER_PREFETCH, want, CommandReply, timeout_s=PREFETCH_TIMEOUT_S
+        )
+        if isinstance(reply, Failed):
+            return _refused(reply)
+        return json_response({"model": request.match_info["name"], **_full(want)}, 202)
+
+    def _held(self) -> dict[str, list[dict[str, Any]]]:
+        """What live storage agents hold, by model id."""
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for store in self.stores.all():
+            for held in store.held:
+                found[held.model_id].append(_lies(store.node, held.tier, held.held_bytes, held.total_bytes))
+        return found
+
+    def _model(
+        self, spec: ModelSpec, held: Sequence[dict[str, Any]], placements: Sequence[Placement]
+    ) -> dict[str, Any]:
         instances = [
             {"instance_id": i.instance_id, "node": worker.node, "state": i.state, "room": i.room, "running": i.running}
             for worker in self.live.nodes.all()
             for i in worker.instances
             if i.model_id == spec.model_id
         ]
-        tiers = [
-            {"node": p.node, "tier": p.tier, "held_bytes": p.held_bytes, "total_bytes": self._total_bytes(p, spec)}
+        silent = [
+            _lies(p.node, p.tier, p.held_bytes, max(spec.weight_bytes, p.held_bytes))
             for p in placements
+            if self.stores.get(p.node) is None
         ]
+        tiers = sorted([*held, *silent], key=lambda lies: (lies["node"], lies["tier"]))
         return {**_full(spec), "instances": instances, "tiers": tiers}
 
-    def _total_bytes(self, placement: Placement, spec: ModelSpec) -> int:
-        """Of all files, as the node's storage agent says; the weights alone while it is silent."""
-        store = self.stores.get(placement.node)
-        for held in store.held if store else ():
-            if held.model_id == placement.model_id and held.tier is placement.tier:
-                return held.total_bytes
-        return max(spec.weight_bytes, placement.held_bytes)
+
+def _lies(node: str, tier: Tier, held_bytes: int, total_bytes: int) -> dict[str, Any]:
+    return {"node": node, "tier": tier, "held_bytes": held_bytes, "total_bytes": total_bytes}
 
 
 def _full(message: msgspec.Struct) -> dict[str, Any]:
@@ -174,6 +233,27 @@ def _row(row: InstanceRow, model: str) -> dict[str, Any]:
         "phases": _full(row.phases),
         "created_at": row.created_at,
     }
+
+
+def _refused(reply: Failed) -> web.Response:
+    """What another service refused, as an error of ours."""
+    status = status_of(reply.code)
+    response = json_response(error_body(status, reply.code, reply.message), status)
+    if reply.retryable:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _check_node(node: str, param: str) -> None:
+    if not _NODE_NAME.fullmatch(node):
+        raise InvalidRequest(f"{param}: {node!r} is no node name", param)
+
+
+def _tier(fields: Fields) -> Tier:
+    given = fields.string("tier") or Tier.DRAM.value
+    if given not in (Tier.SSD, Tier.DRAM):
+        raise fields.refuse("tier", "must be ssd or dram")
+    return Tier(given)
 
 
 def _options(fields: Fields) -> ModelOptions:
