@@ -7,84 +7,33 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.integration.test_storeagent_pool import write_model
+from tests.support import storeagent_process
 from tests.support.lease_client import lease_client
+from tests.support.leasing import SHARD, attached, write_model
 from tests.support.postgres_server import RestartableServer
 from tests.support.services import ServiceProcess, eventually, running
+from tests.support.storeagent_process import NODE, System, system_of
 from tests.support.storeagent_rig import POOL_CHUNKS
 from tests.support.tiny_model import write_tiny_model
 
-from stoker_bus.nats import NatsBus
-from stoker_bus.port import Message, ask
 from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_contracts import subjects
-from stoker_contracts.codec import decode, encode
-from stoker_contracts.control import Failed, Registered, RegisterModel, RegisterReply, StoreStatus
+from stoker_contracts.codec import encode
+from stoker_contracts.control import Failed, Registered
 from stoker_contracts.models import Tier
 from stoker_contracts.storage import LeaseRequest
-from stoker_core.errors import LoadCancelled, NoResponders
-from stoker_db.pg import PgDatabase
+from stoker_core.errors import LoadCancelled, SourceUnavailable
 from stoker_worker.engines.sim import SimEngine
 from stoker_worker.instance.lease import Lease
-
-NODE = "node-a"
-
-
-@dataclass
-class System:
-    """A storage agent that runs, and what a gateway and the database see of it."""
-
-    environment: dict[str, str]
-    log: Path
-    process: ServiceProcess
-    bus: NatsBus
-    database: PgDatabase
-    statuses: list[StoreStatus]
-
-    @property
-    def socket(self) -> Path:
-        return Path(self.environment["STOKER_HOME"]) / "nodes" / NODE / "store.sock"
-
-    @property
-    def ssd(self) -> Path:
-        return self.socket.parent / "ssd"
-
-    async def register(self, name: str, source: Path) -> Registered | Failed:
-        order = RegisterModel(name=name, source=source.as_uri())
-        while True:
-            try:
-                reply: Registered | Failed = await ask(
-                    self.bus, subjects.store_register(NODE), order, RegisterReply, timeout_s=20.0
-                )
-                return reply
-            except NoResponders:  # it is still starting
-                await asyncio.sleep(0.05)
-
-    async def leases(self, count: int) -> None:
-        """Until the copy on the SSD, the only one, has that many."""
-
-        def seen() -> bool:
-            held = self.statuses[-1].held if self.statuses else ()
-            return [h.leases for h in held if h.tier is Tier.SSD] == [count]
-
-        await eventually(seen, what=f"{count} leases in the status")
 
 
 @pytest.fixture
 def environment(nats_url: str, postgres_url: str, tmp_path: Path) -> dict[str, str]:
-    return {
-        "STOKER_HOME": str(tmp_path / "h"),
-        "STOKER_NODE": NODE,
-        "STOKER_NATS_URL": nats_url,
-        "STOKER_POSTGRES_URL": postgres_url,
-        "STOKER_LOG_FORMAT": "json",
-        "STOKER_STOREAGENT_METRIC_SAMPLE_S": "0.2",
-        "STOKER_STOREAGENT_POOL_BYTES": str(POOL_CHUNKS * CHUNK_BYTES),
-    }
+    return storeagent_process.environment(nats_url, postgres_url, tmp_path / "h")
 
 
 @pytest.fixture
@@ -95,17 +44,8 @@ def process(environment: dict[str, str], tmp_path: Path) -> Iterator[ServiceProc
 
 @pytest.fixture
 async def system(process: ServiceProcess, environment: dict[str, str], tmp_path: Path) -> AsyncIterator[System]:
-    bus = await NatsBus.connect(environment["STOKER_NATS_URL"], name="test")
-    database = await PgDatabase.connect(environment["STOKER_POSTGRES_URL"])
-    statuses: list[StoreStatus] = []
-
-    async def hear(message: Message) -> None:
-        statuses.append(decode(StoreStatus, message.data))
-
-    await bus.subscribe(subjects.STATUS_STORE_ALL, hear)
-    yield System(environment, tmp_path / "log", process, bus, database, statuses)
-    await bus.close()
-    await database.close()
+    async with system_of(process, environment, tmp_path / "log") as made:
+        yield made
 
 
 @pytest.fixture
@@ -122,12 +62,13 @@ async def test_from_registration_over_a_lease_to_status_placement_and_events(sys
 
     async with lease_client(system.socket) as client:
         granted = await client.lease(reply.model.model_id)
-        assert granted.source is Tier.REMOTE
+        assert (granted.source, granted.origin) == (Tier.REMOTE, "file")
         assert (Path(granted.path) / "config.json").read_bytes() == (model / "config.json").read_bytes()
         await system.leases(1)
         await client.used(load_ms=12.5, read_bytes=granted.total_bytes)
     await system.leases(0)
     assert {s.node for s in system.statuses} == {NODE}
+    weight_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
 
     async def recorded() -> bool:
         placements = await system.database.tiers.placements(reply.model.model_id)
@@ -135,32 +76,38 @@ async def test_from_registration_over_a_lease_to_status_placement_and_events(sys
         loads = await system.database.tiers.observations()
         return (
             {(p.node, p.tier) for p in placements} == {(NODE, Tier.DRAM), (NODE, Tier.SSD)}
-            and {p.held_bytes for p in placements if p.tier is Tier.SSD} == {reply.total_bytes}
+            and {p.held_bytes for p in placements} == {weight_bytes}
             and samples.keys() >= {Tier.DRAM, Tier.SSD}
-            and samples[Tier.SSD].used_bytes == reply.total_bytes
+            and samples[Tier.SSD].used_bytes == weight_bytes
             and samples[Tier.DRAM].used_bytes == 2 * CHUNK_BYTES  # one for each shard
-            and [(o.load_ms, o.read_bytes) for o in loads] == [(12.5, reply.total_bytes)]
+            and [(o.origin, o.load_ms, o.read_bytes) for o in loads] == [("file", 12.5, reply.total_bytes)]
         )
 
     await eventually(recorded, what="placements, samples and observation in Postgres")
     files = await system.database.models.files(reply.model.model_id, with_content=False)
     assert len(files) == reply.files
-    assert all(file.digest.startswith("sha256:") for file in files)
+    for file in files:
+        if file.path.endswith(".safetensors"):
+            assert [digest.startswith("xxh3_128:") for digest in file.chunk_digests] == [True]
+        else:
+            assert file.digest.startswith("sha256:")
 
-    filled = ["stoker.tier.filling", "stoker.tier.filled"]
-    assert await event_types(system, 5) == ["stoker.model.registered", *filled, *filled]
+    first, *others = await events_stored(system, 5)
+    assert first["type"] == "stoker.model.registered"
+    told = {tier: [e["type"] for e in others if e["data"]["tier"] == tier] for tier in (Tier.SSD, Tier.DRAM)}
+    assert list(told.values()) == 2 * [["stoker.tier.filling", "stoker.tier.filled"]]
 
     assert system.process.terminate() == 0
     assert not system.socket.exists()
 
 
-async def event_types(system: System, count: int) -> list[str]:
+async def events_stored(system: System, count: int) -> list[dict[str, Any]]:
     async with asyncio.timeout(20):
-        types: list[str] = []
+        events: list[dict[str, Any]] = []
         async for event in system.bus.follow(subjects.EVENTS_ALL, since_sequence=1):
-            types.append(json.loads(event.data)["type"])
-            if len(types) == count:
-                return types
+            events.append(json.loads(event.data))
+            if len(events) == count:
+                return events
     raise AssertionError("the stream ended")
 
 
@@ -187,14 +134,29 @@ async def test_a_refused_directory_leaves_no_rows(system: System, tmp_path: Path
     assert await system.database.models.all() == []
 
 
-async def test_a_source_that_changed_after_registration_is_not_served(system: System, model: Path) -> None:
+async def test_small_files_are_what_was_registered_whatever_became_of_the_source(system: System, model: Path) -> None:
     reply = await system.register("tiny", model)
     assert isinstance(reply, Registered)
+    registered = (model / "generation_config.json").read_bytes()
     (model / "generation_config.json").write_text('{"_from_model_config": tru}')
     async with lease_client(system.socket) as client:
-        refusal = await client.refused(reply.model.model_id)
-    assert refusal.code == "corrupt_checkpoint"
-    assert list(system.ssd.iterdir()) == []
+        granted = await client.lease(reply.model.model_id)
+        assert (Path(granted.path) / "generation_config.json").read_bytes() == registered
+
+
+async def test_weights_that_changed_after_registration_are_not_served(system: System, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", 2)
+    reply = await system.register("m", source)
+    assert isinstance(reply, Registered)
+    os.truncate(source / SHARD, CHUNK_BYTES + 1)
+    async with lease_client(system.socket) as client:
+        granted = await client.lease(reply.model.model_id)
+        with attached(client, granted) as loaded, pytest.raises(SourceUnavailable):
+            await loaded.ready()
+    await eventually(lambda: any(e["type"] == "stoker.tier.refused" for e in system.events), what="the refusal")
+    [refused] = [event["data"] for event in system.events if event["type"] == "stoker.tier.refused"]
+    assert (refused["tier"], refused["code"]) == (Tier.DRAM, "checkpoint_changed")
+    assert list((system.ssd / "chunks").glob("*/*")) == []
     assert await system.database.tiers.placements() == []
 
 
@@ -264,15 +226,16 @@ async def test_after_kill_9_the_copy_is_adopted_and_the_socket_taken_over(system
     assert isinstance(reply, Registered)
     async with lease_client(system.socket) as client:
         await client.lease(reply.model.model_id)
+        await system.copied()
         system.process.kill()
         assert await client.answer() is None
-    (system.ssd / ".tmp-model-half-copy").mkdir()
-    system.statuses.clear()
-    with running("stoker_storeagent", system.environment, system.log):
-        await system.leases(0)
+    (system.ssd / ".tmp-half-a-folder").mkdir()
+    async with system.successor():
         async with lease_client(system.socket) as client:
             assert (await client.lease(reply.model.model_id)).source is Tier.SSD
-        assert [path.name for path in system.ssd.iterdir()] == [reply.model.model_id]
+        await system.leases(0)
+        assert sorted(path.name for path in system.ssd.iterdir()) == ["chunks", "models", "parts"]
+        assert [path.name for path in (system.ssd / "models").iterdir()] == [reply.model.model_id]
     assert len({status.boot_id for status in system.statuses}) == 1
 
 

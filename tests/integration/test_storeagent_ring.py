@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integration.test_storeagent_pool import write_model
+from tests.support.descriptors import descriptors_before
 from tests.support.fake_cuda import UUIDS, StandInMemory, Submit, fake_cuda, processes, same
+from tests.support.leasing import write_model
 from tests.support.services import eventually
 from tests.support.storeagent_rig import POOL_CHUNKS, Agent, agent
 
 from stoker_checkpoint.device_ring import DeviceCheckpoint, open_ring
+from stoker_checkpoint.leased import read_manifest
 from stoker_checkpoint.load import attach
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
@@ -85,7 +87,7 @@ async def leased(store: Agent, model_id: str, device: str = UUIDS[0]) -> AsyncIt
 
 
 def checkpoint(lease: Lease, memory: StandInMemory, ordinal: int = 0) -> DeviceCheckpoint:
-    manifest = open_checkpoint(lease.path)
+    manifest = read_manifest(lease.path)
     view = open_ring(lease.ring_fd, lease.ring_board_fd, ordinal)
     return DeviceCheckpoint(manifest, plan_reads(manifest), view, memory, lease.path, alive=lease.alive)
 
@@ -125,7 +127,7 @@ async def by_models(tmp_path: Path, chunks: int) -> None:
         assert_same(kept, source)  # though its lease has ended and its chunks may be another's
         await eventually(lambda: not any(held.leases for held in store.held()))
         in_pool = chunks if chunks <= POOL_CHUNKS else 0
-        assert store.status(Tier.DRAM).used_bytes == in_pool * CHUNK_BYTES
+        await eventually(lambda: store.status(Tier.DRAM).used_bytes == in_pool * CHUNK_BYTES, what="the windows' end")
         del kept
 
 
@@ -156,7 +158,7 @@ async def assert_from_pool(store: Agent, model_id: str, source: Path, device: st
     async with leased(store, model_id, device) as lease:
         assert not lease.granted.ring
         assert (lease.ring_fd, lease.ring_board_fd) == (-1, -1)
-        manifest = open_checkpoint(lease.path)
+        manifest = read_manifest(lease.path)
         fds = lease.pool_fd, lease.board_fd
 
         def read() -> Tensors:
@@ -278,10 +280,10 @@ async def by_repeating(tmp_path: Path) -> None:
                     pass  # never looked at
 
         await all_kinds()
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors_before()
         for _ in range(5):
             await all_kinds()
-        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, what="no more descriptors than before")
+        await eventually(lambda: descriptors_before() <= before, what="no more descriptors than before")
 
 
 def test_leases_with_a_ring_leave_no_descriptor_behind(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -295,13 +297,13 @@ async def by_a_client_that_dies(tmp_path: Path) -> None:
         async with leased(store, model_id):
             pass  # what the first one opens for all stays open
         await eventually(lambda: store.status(Tier.DRAM).used_bytes == 0)
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors_before()
         (tmp_path / "new").write_text(f"{store.socket} {model_id}")
         (tmp_path / "new").rename(tmp_path / "agent")
         await eventually(lambda: (tmp_path / "killed").exists(), timeout_s=BOUND_S / 2)
         await eventually(lambda: store.status(Tier.DRAM).used_bytes == 0, what="the window's chunks are free")
         await eventually(lambda: fake_cuda().fake_cuda_live() == POOL_CHUNKS, what="the ring is gone")
-        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, what="no more descriptors than before")
+        await eventually(lambda: descriptors_before() <= before, what="no more descriptors than before")
         assert not any(held.leases for held in store.held())
 
 

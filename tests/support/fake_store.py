@@ -7,6 +7,9 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.support.leased import leased_folder
 
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
@@ -54,8 +57,7 @@ class FakeStore:
 
     def _answer(self, connection: socket.socket, request: LeaseRequest) -> None:
         granted = LeaseGranted(path=str(self._directory), source=Tier.SSD, total_bytes=1, wait_ms=0.5)
-        weights = request.weights and not self.refuse
-        descriptors = [self._reading.pool_fd, self._reading.board_fd] if weights else []
+        descriptors = [] if self.refuse else [self._reading.pool_fd, self._reading.board_fd]
         socket.send_fds(connection, [encode(self.refuse or granted) + b"\n"], descriptors)
 
 
@@ -68,12 +70,13 @@ async def fake_store(socket_path: Path, directory: Path) -> AsyncIterator[FakeSt
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(Pool(len(plan.positions) * CHUNK_BYTES, huge="none", lock=False, fault_threads=1))
         reading = stack.enter_context(contextlib.closing(pool.read(plan, manifest, directory)))
+        folder = leased_folder(directory, manifest, Path(stack.enter_context(TemporaryDirectory())))
         await asyncio.to_thread(reading.wait_blocking, READ_S)
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         listener.setblocking(False)
         listener.bind(str(socket_path))
         listener.listen()
-        store = FakeStore(directory, reading)
+        store = FakeStore(folder, reading)
         serving = asyncio.create_task(store.serve(listener))
         try:
             yield store

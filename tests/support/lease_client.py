@@ -42,8 +42,8 @@ class LeaseClient:
                 self.progress.append(reply)
         return None
 
-    async def lease(self, model_id: str, instance_id: str = "instance-1", *, weights: bool = True) -> LeaseGranted:
-        await self.send(LeaseRequest(model_id=model_id, instance_id=instance_id, weights=weights))
+    async def lease(self, model_id: str, instance_id: str = "instance-1") -> LeaseGranted:
+        await self.send(LeaseRequest(model_id=model_id, instance_id=instance_id))
         reply = await self.answer()
         assert isinstance(reply, LeaseGranted), reply
         return reply

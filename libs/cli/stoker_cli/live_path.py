@@ -85,7 +85,7 @@ def _tried(directory: Path) -> LivePath:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        readers = probe_readers(Path(file.name), chunks=PROBE_CHUNKS)
+        readers = probe_readers([Path(file.name)], chunks=PROBE_CHUNKS)
     with Pool(POOL_CHUNKS * CHUNK_BYTES) as pool:
         pool.wait_warm(WARM_S)
         status = pool.status()

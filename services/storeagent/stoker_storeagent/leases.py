@@ -4,68 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import socket
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from stoker_contracts.codec import decode
-from stoker_contracts.storage import LeaseGranted, LeaseProgress, LeaseRefused, LeaseRequest, LeaseUsed
-from stoker_core.errors import InvalidMessage, InvalidSettings, Overloaded, StokerError, Stopping
+from stoker_contracts.codec import decode, encode
+from stoker_contracts.storage import (
+    LINE_LIMIT_BYTES,
+    LeaseGranted,
+    LeaseProgress,
+    LeaseRefused,
+    LeaseRequest,
+    LeaseUsed,
+)
+from stoker_core import unix
+from stoker_core.errors import InvalidMessage, Overloaded, StokerError, Stopping
 from stoker_core.logging import get_logger
 from stoker_core.runner import Part
+from stoker_core.unix import Connection, accept, close
 from stoker_db.ports import LoadObservation
-from stoker_storeagent.connection import Connection
 from stoker_storeagent.ports import Held, Store
 
 log = get_logger("leases")
 
 REQUEST_S = 10.0
 """How long a new connection may take to say what it wants."""
-PROBE_S = 1.0
 BACKLOG = 128
-ACCEPT_PAUSE_S = 0.1
 RETRY_AFTER_MS = 500
 READ_BYTES_MAX = (1 << 63) - 1
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket that only this user may use. A socket file that nobody listens on any more is replaced.
-
-    Raises InvalidSettings if somebody listens there, or if something else has that name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
-        raise InvalidSettings(f"STOKER_STOREAGENT_SOCKET: {path} is no socket; it is left as it is")
-    if path.exists() and _answers(path):
-        raise InvalidSettings(f"STOKER_STOREAGENT_SOCKET: another storage agent listens on {path}")
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.setblocking(False)
-    os.fchmod(listener.fileno(), 0o600)  # before bind: the file has this mode from its first moment
-    listener.bind(str(path))
-    listener.listen(BACKLOG)
-    return listener
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(PROBE_S)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except (TimeoutError, BlockingIOError):  # it listens, and is too busy to accept
-            return True
-        return True
-
-
-def close(listener: socket.socket) -> None:
-    """Stop listening and remove the socket's file."""
-    # The file first: as long as this one listens nobody puts another in its place.
-    Path(listener.getsockname()).unlink(missing_ok=True)
-    listener.close()
+    """The node's socket. Raises InvalidSettings if another storage agent listens there, or if it cannot be."""
+    return unix.listen(path, setting="STOKER_STOREAGENT_SOCKET", who="storage agent", backlog=BACKLOG)
 
 
 class LeaseServer:
@@ -95,16 +66,10 @@ class LeaseServer:
         return Part("leases", self._run, stop_intake=self._stop, drain=self._drained)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    try:
-                        connection, _ = await loop.sock_accept(self._listener)
-                    except OSError as error:  # out of descriptors: others will give theirs back
-                        log.warning("not_accepted", error=str(error))
-                        await asyncio.sleep(ACCEPT_PAUSE_S)
-                        continue
+                    connection = await accept(self._listener)
                     self._open += 1
                     self._idle.clear()
                     task = group.create_task(self._connection(connection))
@@ -124,14 +89,15 @@ class LeaseServer:
             self._idle.set()
 
     async def _connection(self, accepted: socket.socket) -> None:
-        connection = Connection(accepted)
+        connection = Connection(accepted, line_bytes_max=LINE_LIMIT_BYTES)
         try:
             await self._serve(connection)
         except StokerError as error:
             # A message may quote file names, which need not be valid text.
             message = error.message.encode("utf-8", "backslashreplace").decode()
             try:
-                await connection.send(LeaseRefused(code=error.code, message=message, retryable=error.retryable))
+                refused = LeaseRefused(code=error.code, message=message, retryable=error.retryable)
+                await connection.send(encode(refused))
             except OSError:
                 log.debug("refusal_unheard", code=error.code)
         except OSError as error:
@@ -155,12 +121,17 @@ class LeaseServer:
 
         async def progress(done_bytes: int, total_bytes: int) -> None:
             connection.check()
-            await connection.send(LeaseProgress(done_bytes=done_bytes, total_bytes=total_bytes))
+            await connection.send(encode(LeaseProgress(done_bytes=done_bytes, total_bytes=total_bytes)))
 
-        wanted = self._store.lease(request.model_id, progress, weights=request.weights, device=request.device)
+        wanted = self._store.lease(request.model_id, request.instance_id, progress, device=request.device)
         async with wanted as held:
             log.info(
-                "leased", model_id=held.model_id, instance_id=request.instance_id, source=held.source, ring=held.ring
+                "leased",
+                model_id=held.model_id,
+                instance_id=request.instance_id,
+                source=held.source,
+                origin=held.origin,
+                ring=held.ring,
             )
             self._changed()
             try:
@@ -173,11 +144,12 @@ class LeaseServer:
         granted = LeaseGranted(
             path=str(held.path),
             source=held.source,
+            origin=held.origin,
             total_bytes=held.total_bytes,
             wait_ms=held.wait_ms,
             ring=held.ring,
         )
-        await connection.send(granted, held.descriptors)
+        await connection.send(encode(granted), held.descriptors)
         line = await connection.line()
         if not line:
             return
@@ -194,6 +166,7 @@ class LeaseServer:
                 model_id=held.model_id,
                 node=self._node,
                 source=held.source,
+                origin=held.origin,
                 read_bytes=used.read_bytes,
                 load_ms=used.load_ms,
                 wait_ms=held.wait_ms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from stoker_bus.port import Bus, send
 from stoker_contracts import PROTOCOL_MINOR, subjects
@@ -19,14 +20,16 @@ PRUNE_S = 600.0
 OBSERVATIONS_MAX = 256
 HELD_LISTED_MAX = 2048
 """Entries in one status: more would not fit into a message. The least recently used are left out."""
+LINKS_LISTED_MAX = 256
 
 
 class Reporter:
     """Says on the bus what this node holds."""
 
-    def __init__(self, bus: Bus, tiers: Tiers, *, node: str, boot_id: str) -> None:
+    def __init__(self, bus: Bus, tiers: Tiers, *, node: str, boot_id: str, address: Callable[[], str]) -> None:
+        """address: where peers get chunks."""
         self._bus, self._tiers = bus, tiers
-        self._node, self._boot_id = node, boot_id
+        self._node, self._boot_id, self._address = node, boot_id, address
         self._seq = 0
 
     async def report(self) -> None:
@@ -38,6 +41,8 @@ class Reporter:
             tiers=self._tiers.status(),
             held=tuple(self._tiers.held()[:HELD_LISTED_MAX]),
             protocol=PROTOCOL_MINOR,
+            address=self._address(),
+            links=self._tiers.links()[:LINKS_LISTED_MAX],
         )
         await send(self._bus, subjects.status_store(self._node), status)
         self._seq += 1
@@ -70,9 +75,10 @@ class Keeper:
                 raise
 
     async def reconcile(self) -> None:
-        """Remove copies of models that were deleted, and make this node's placements say what it holds."""
-        # Held before the models are listed, so registered before: what is not listed then was deleted.
-        before = {held.model_id for held in self._tiers.held()}
+        """Remove models that were deleted, make this node's placements say what it holds, bind digests that wait for it."""
+        await self._tiers.bind_waiting()
+        # Known here before the models are listed, so registered before: what is not listed then was deleted.
+        before = self._tiers.models()
         known = {spec.model_id for spec in await self._database.models.all()}
         for model_id in sorted(before - known):
             await self._tiers.drop(model_id, "deleted")
@@ -88,7 +94,7 @@ class Keeper:
                 await self._database.tiers.place(placement)
 
     async def sample(self) -> None:
-        await self._database.tiers.sample(self._node, self._tiers.status())
+        await self._database.tiers.sample(self._node, self._tiers.status(), self._tiers.links())
 
     async def prune(self) -> None:
         pruned = await self._database.tiers.prune(keep_s=self._keep_s)

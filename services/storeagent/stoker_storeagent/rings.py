@@ -13,9 +13,9 @@ from stoker_checkpoint import _native
 from stoker_checkpoint.device_ring import ordinal_of, spans_of
 from stoker_checkpoint.plan import ReadPlan
 from stoker_checkpoint.pool import Pool
-from stoker_checkpoint.reading import Reading
 from stoker_core.errors import InvalidSettings, NativeUnavailable
 from stoker_core.logging import get_logger
+from stoker_storeagent.ports import Filling
 from stoker_storeagent.threads import in_thread
 
 log = get_logger("rings")
@@ -40,13 +40,13 @@ class Rings:
         self._silent: set[str] = set()  # devices that still owe an answer
 
     @asynccontextmanager
-    async def feed(self, device: str, reading: Reading, plan: ReadPlan) -> AsyncIterator[Descriptors]:
-        """Fill a ring with `reading` as it becomes ready: descriptors of the ring and of its board.
+    async def feed(self, device: str, filling: Filling, plan: ReadPlan) -> AsyncIterator[Descriptors]:
+        """Fill a ring with `filling` as it becomes ready: descriptors of the ring and of its board.
 
         None come if no device is asked for or rings are switched off, nor, with a warning, if the driver refuses one.
         Afterwards nothing of it touches pool or device any more. What the consumer has mapped of the ring stays as it is.
         """
-        feed = await self._begin(device, reading, plan) if device and self._slots else None
+        feed = await self._begin(device, filling, plan) if device and self._slots else None
         if feed is None:
             yield ()
             return
@@ -55,10 +55,10 @@ class Rings:
         finally:
             await in_thread(partial(self._end, feed, device), threading.Event())
 
-    async def _begin(self, device: str, reading: Reading, plan: ReadPlan) -> _Feed | None:
+    async def _begin(self, device: str, filling: Filling, plan: ReadPlan) -> _Feed | None:
         try:
             ring, spans = await self._made(device, plan)
-            feeder = _native.Feeder(ring, _native.Board.open(reading.board_fd), self._pool.native, spans)
+            feeder = _native.Feeder(ring, _native.Board.open(filling.board_fd), self._pool.native, spans)
         except (NativeUnavailable, RuntimeError, ValueError, OSError) as error:  # the client copies from the pool then
             log.warning("no_ring", device=device, bytes=self._slots * _native.CHUNK_BYTES, error=str(error))
             return None

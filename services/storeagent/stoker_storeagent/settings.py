@@ -19,10 +19,13 @@ class StoreagentSettings(SharedSettings, frozen=True, kw_only=True, forbid_unkno
 
     ssd_capacity_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: 80% of what is free or held already
     ssd_dir: str = ""  # default: <home>/nodes/<node>/ssd
+    ssd_threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4  # writes to it at once
+    scrub_bytes_per_s: Annotated[int, msgspec.Meta(ge=0)] = (
+        16 * 1024 * 1024
+    )  # 0: chunks are checked only when they are read
     socket: str = ""  # default: <home>/nodes/<node>/store.sock
+    keeper_socket: str = ""  # the worker's; default: <home>/nodes/<node>/keeper.sock
     allowed_roots: str = "/"  # absolute directories joined by ':'; models are registered from under these only
-    copies_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2  # files
-    copy_chunk_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30)] = 8 * 1024 * 1024
     leases_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256  # open connections
     pool_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: a quarter of the memory available at start
     pool_huge: Literal["auto", "hugetlb", "collapse", "none"] = "auto"  # pages
@@ -31,6 +34,18 @@ class StoreagentSettings(SharedSettings, frozen=True, kw_only=True, forbid_unkno
     pool_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 10.0  # how long a lease waits for room in the pool
     reader: Literal["auto", "io_uring", "threads"] = "auto"
     ring_slots: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 16  # chunks of device memory for each load; 0: none
+    fetches_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8  # chunks, from peers and sources together
+    network_bytes_per_s: Annotated[int, msgspec.Meta(ge=0)] = 0  # in, and as much again out; 0: no limit
+    cluster_token: Annotated[str, msgspec.Meta(pattern=r"^(.{16,})?$")] = (
+        ""  # 16 characters or more, the same on all nodes; empty: chunks are neither given to peers nor taken from them
+    )
+    peer_host: str = "127.0.0.1"  # where peers are heard
+    peer_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # 0: any that is free
+    peer_advertise: str = ""  # the host that peers are told; default: peer_host
+    peers_max: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64  # connections of peers
+    s3_endpoint_url: str = ""  # default: what AWS_ENDPOINT_URL says, or AWS itself
+    s3_region: str = ""  # default: as AWS's own tools find it; so are credentials
+    s3_anonymous: bool = False  # ask without credentials
     metric_sample_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     metric_keep_s: Annotated[float, msgspec.Meta(gt=0)] = 7 * 24 * 3600.0
 
@@ -49,6 +64,12 @@ class StoreagentSettings(SharedSettings, frozen=True, kw_only=True, forbid_unkno
                 "Set STOKER_STOREAGENT_SOCKET or a shorter STOKER_HOME"
             )
         return path
+
+    @property
+    def keeper_path(self) -> Path:
+        return (
+            Path(self.keeper_socket).expanduser().absolute() if self.keeper_socket else self._node_dir / "keeper.sock"
+        )
 
     @property
     def allowed_root_paths(self) -> tuple[Path, ...]:

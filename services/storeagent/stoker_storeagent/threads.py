@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 R = TypeVar("R")
@@ -15,12 +18,39 @@ async def in_thread(work: Callable[[], R], cancelled: threading.Event) -> R:
 
     Only then may the caller remove the files that the thread writes.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(work))
+    return await _awaited(asyncio.ensure_future(asyncio.to_thread(work)), cancelled.set)
+
+
+class Threads:
+    """At most `count` threads for work of one kind, so that it does not take all those that asyncio has for everything.
+
+    For one event loop. Work beyond that waits in the coroutines that ask for it, and is taken in their order.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix=name)
+
+    async def run(self, work: Callable[[], R]) -> R:
+        """Run `work` in a thread. On cancellation wait until it is done with it: work here is short."""
+        async with self._free:
+            context = contextvars.copy_context()
+            return await _awaited(asyncio.get_running_loop().run_in_executor(self._executor, context.run, work))
+
+    def close(self) -> None:
+        """Wait for the threads to end; nothing can be run any more. Idempotent."""
+        self._executor.shutdown()
+
+
+async def _awaited(running: asyncio.Future[R], on_cancel: Callable[[], None] | None = None) -> R:
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        cancelled.set()
-        await asyncio.wait([running])
+        if on_cancel is not None:
+            on_cancel()
+        while not running.done():
+            with suppress(asyncio.CancelledError):  # once more: the thread is not done for that
+                await asyncio.wait([running])
         if not running.cancelled():
             running.exception()  # seen: the cancellation is what the caller hears of
         raise

@@ -1,15 +1,19 @@
 import asyncio
+import contextlib
 import errno
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_checkpoint.pool import Pool
+from stoker_core.clock import SystemClock
 from stoker_core.errors import InvalidSettings
 from stoker_core.settings import load
 from stoker_storeagent.adapters import pool
-from stoker_storeagent.adapters.pool import available_bytes, open_pool
+from stoker_storeagent.adapters.pool import OpenPool, available_bytes, open_pool
+from stoker_storeagent.keep import PoolKeep
 from stoker_storeagent.settings import StoreagentSettings
 
 
@@ -18,22 +22,36 @@ def settings(**keys: object) -> StoreagentSettings:
     return load(StoreagentSettings, {f"STOKER_STOREAGENT_{key}": str(value) for key, value in (quiet | keys).items()})
 
 
-def test_a_pool_takes_a_quarter_of_what_is_available_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.asynccontextmanager
+async def opened(directory: Path, **keys: object) -> AsyncIterator[OpenPool]:
+    """Of a node without a worker."""
+    keep = PoolKeep(directory / "keeper.sock", boot_id="b", clock=SystemClock(), jitter=lambda: 0.5)
+    with contextlib.closing(keep), contextlib.closing(await open_pool(settings(**keys), keep, timeout_s=5.0)) as made:
+        yield made
+
+
+async def test_a_pool_takes_a_quarter_of_what_is_available_in_whole_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "available_bytes", lambda: 4 * (3 * CHUNK_BYTES + 5))
-    with open_pool(settings()) as made:
-        assert made.status().total_bytes == 3 * CHUNK_BYTES
+    async with opened(tmp_path) as made:
+        assert made.pool.status().total_bytes == 3 * CHUNK_BYTES
+        assert (made.records, made.loading) == ((), ())
 
 
-def test_a_pool_has_the_size_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pool_has_the_size_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "available_bytes", lambda: 0)
-    with open_pool(settings(POOL_BYTES=2 * CHUNK_BYTES)) as made:
-        assert made.status().total_bytes == 2 * CHUNK_BYTES
+    async with opened(tmp_path, POOL_BYTES=2 * CHUNK_BYTES) as made:
+        assert made.pool.status().total_bytes == 2 * CHUNK_BYTES
 
 
 @pytest.mark.parametrize("size_bytes", [1, 2 * CHUNK_BYTES - 1])
-def test_a_pool_that_would_be_too_small_is_refused_by_the_name_of_its_setting(size_bytes: int) -> None:
+async def test_a_pool_that_would_be_too_small_is_refused_by_the_name_of_its_setting(
+    tmp_path: Path, size_bytes: int
+) -> None:
     with pytest.raises(InvalidSettings, match="STOKER_STOREAGENT_POOL_BYTES"):
-        open_pool(settings(POOL_BYTES=size_bytes))
+        async with opened(tmp_path, POOL_BYTES=size_bytes):
+            pass
 
 
 def test_a_container_with_less_memory_than_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,8 +68,15 @@ def test_a_container_with_less_memory_than_the_machine_counts(tmp_path: Path, mo
     assert available_bytes() > whole // 2
 
 
-async def test_a_pool_whose_pages_cannot_be_had_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_pool(settings(POOL_BYTES=2 * CHUNK_BYTES)) as made, monkeypatch.context() as patch:
+async def test_a_pool_whose_pages_cannot_be_had_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, POOL_BYTES=2 * CHUNK_BYTES) as both:
+        await checked(both.pool, monkeypatch)
+
+
+async def checked(made: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
         warned: list[str] = []
         patch.setattr(Pool, "wait_warm", lambda self, timeout_s: False)
         patch.setattr(made, "native", _Without(made.native))

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 from tests.support.lease_client import lease_client
+from tests.support.leasing import whole
 from tests.support.services import eventually
 from tests.support.storeagent_rig import Agent, agent
 from tests.support.tiny_model import write_tiny_model
 
+from stoker_checkpoint.header import bare_header
+from stoker_checkpoint.leased import read_manifest
+from stoker_checkpoint.open import open_checkpoint
 from stoker_contracts.models import Tier
 from stoker_contracts.storage import LINE_LIMIT_BYTES, LeaseGranted, LeaseRefused
 from stoker_core.errors import InvalidSettings
@@ -28,18 +32,30 @@ async def test_a_lease_over_the_socket_and_what_is_said_of_it(tmp_path: Path, mo
         spec = await store.register(model)
         async with lease_client(store.socket) as client:
             granted = await client.lease(spec.model_id)
-            assert (Path(granted.path) / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-            assert granted.source is Tier.REMOTE
-            await eventually(lambda: [h.leases for h in store.held()] == [1], what="the lease in the status")
+            folder, manifest = Path(granted.path), open_checkpoint(model)
+            [shard] = manifest.shards
+            assert (folder / shard.name).read_bytes() == bare_header(shard), "no weights: these are in the pool"
+            assert [s.tensors for s in read_manifest(folder).shards] == [s.tensors for s in manifest.shards]
+            assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
+            assert (granted.source, granted.origin) == (Tier.REMOTE, "file")
+            await has_leases(store, 1)
             await client.used(load_ms=100.0, read_bytes=granted.total_bytes)
-            await eventually(lambda: store.status(Tier.SSD).read_bytes_per_s > 0, what="the bandwidth in the status")
-        await eventually(lambda: [h.leases for h in store.held()] == [0], what="the end of the lease")
+            await eventually(lambda: store.status(Tier.REMOTE).read_bytes_per_s > 0, what="the source's bandwidth")
+        await has_leases(store, 0)
+        await eventually(lambda: whole(store, spec.model_id), what="the copy on the SSD")
+        assert [held.total_bytes for held in store.held() + store.held(Tier.DRAM)] == 2 * [manifest.file_bytes]
         [seen] = await store.database.tiers.observations()
-        assert (seen.model_id, seen.node, seen.source) == (spec.model_id, "n1", Tier.REMOTE)
+        assert (seen.model_id, seen.node) == (spec.model_id, "n1")
+        assert (seen.source, seen.origin) == (Tier.REMOTE, "file")
         assert (seen.read_bytes, seen.load_ms) == (granted.total_bytes, 100.0)
         await eventually(lambda: placed(store), what="the placements")
         assert [s.seq for s in store.statuses] == list(range(1, len(store.statuses) + 1))
-        assert {s.boot_id for s in store.statuses} == {"boot-1"}
+        assert {s.boot_id for s in store.statuses} == {"boot-n1"}
+
+
+async def has_leases(store: Agent, count: int) -> None:
+    """Until the one model in memory has that many."""
+    await eventually(lambda: [h.leases for h in store.held(Tier.DRAM)] == [count], what=f"{count} leases in the status")
 
 
 async def placed(store: Agent) -> bool:
@@ -51,9 +67,9 @@ async def test_a_killed_client_frees_its_lease(tmp_path: Path, model: Path) -> N
         spec = await store.register(model)
         async with lease_client(store.socket) as client:
             await client.lease(spec.model_id)
-            await eventually(lambda: [h.leases for h in store.held()] == [1])
+            await has_leases(store, 1)
             client.close()
-            await eventually(lambda: [h.leases for h in store.held()] == [0])
+            await has_leases(store, 0)
 
 
 async def test_only_this_user_may_use_the_socket(tmp_path: Path) -> None:
@@ -95,7 +111,7 @@ async def test_a_bad_observation_ends_the_lease_and_is_not_stored(tmp_path: Path
             refusal = await client.answer()
             assert isinstance(refusal, LeaseRefused)
             assert refusal.code == "invalid_message"
-        await eventually(lambda: [h.leases for h in store.held()] == [0])
+        await has_leases(store, 0)
         assert await store.database.tiers.observations() == []
 
 
@@ -146,8 +162,23 @@ async def test_a_restart_keeps_what_was_copied(tmp_path: Path, model: Path) -> N
         spec = await store.register(model)
         async with lease_client(store.socket) as client:
             await client.lease(spec.model_id)
+            await eventually(lambda: whole(store, spec.model_id), what="the copy on the SSD")
+    store.database.go_down()  # nothing is asked of it
     async with agent(tmp_path, store.database) as store, lease_client(store.socket) as client:
         assert (await client.lease(spec.model_id)).source is Tier.SSD
+        await eventually(lambda: whole(store, spec.model_id, Tier.DRAM), what="the model in memory")
+
+
+async def test_what_was_not_leased_before_is_found_once_the_database_is_back(tmp_path: Path, model: Path) -> None:
+    async with agent(tmp_path) as store:
+        spec = await store.register(model)
+        store.database.go_down()
+        async with lease_client(store.socket) as client:
+            refusal = await client.refused(spec.model_id)
+            assert (refusal.code, refusal.retryable) == ("database_unavailable", True)
+        store.database.come_up()
+        async with lease_client(store.socket) as client:
+            await client.lease(spec.model_id)
 
 
 async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:

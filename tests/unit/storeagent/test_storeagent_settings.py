@@ -11,20 +11,23 @@ def test_a_node_has_its_own_directory_under_home() -> None:
     settings = load(StoreagentSettings, {"STOKER_HOME": "/h", "STOKER_NODE": "n1"})
     assert settings.socket_path == Path("/h/nodes/n1/store.sock")
     assert settings.ssd_path == Path("/h/nodes/n1/ssd")
+    assert settings.keeper_path == Path("/h/nodes/n1/keeper.sock")
     assert settings.allowed_root_paths == (Path("/"),)
 
 
-def test_directory_socket_and_roots_may_be_set() -> None:
+def test_directory_sockets_and_roots_may_be_set() -> None:
     settings = load(
         StoreagentSettings,
         {
             "STOKER_STOREAGENT_SSD_DIR": "/fast",
             "STOKER_STOREAGENT_SOCKET": "/run/s.sock",
+            "STOKER_STOREAGENT_KEEPER_SOCKET": "/run/k.sock",
             "STOKER_STOREAGENT_ALLOWED_ROOTS": "/models:/more",
         },
     )
     assert settings.ssd_path == Path("/fast")
     assert settings.socket_path == Path("/run/s.sock")
+    assert settings.keeper_path == Path("/run/k.sock")
     assert settings.allowed_root_paths == (Path("/models"), Path("/more"))
 
 
@@ -44,9 +47,16 @@ def test_roots_must_be_absolute(roots: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("STOKER_STOREAGENT_COPIES_AT_ONCE", "0"),
+        ("STOKER_STOREAGENT_COPIES_AT_ONCE", "1"),
+        ("STOKER_STOREAGENT_FETCHES_AT_ONCE", "0"),
         ("STOKER_STOREAGENT_LEASES_MAX", "-1"),
-        ("STOKER_STOREAGENT_COPY_CHUNK_BYTES", "1"),
+        ("STOKER_STOREAGENT_SSD_THREADS", "0"),
+        ("STOKER_STOREAGENT_SCRUB_BYTES_PER_S", "-1"),
+        ("STOKER_STOREAGENT_NETWORK_BYTES_PER_S", "-1"),
+        ("STOKER_STOREAGENT_CLUSTER_TOKEN", "short"),
+        ("STOKER_STOREAGENT_PEER_PORT", "65536"),
+        ("STOKER_STOREAGENT_PEERS_MAX", "0"),
+        ("STOKER_STOREAGENT_S3_ANONYMOUS", "perhaps"),
         ("STOKER_STOREAGENT_METRIC_SAMPLE_S", "0"),
         ("STOKER_STOREAGENT_SSD_CAPACITY_BYTES", "much"),
         ("STOKER_STOREAGENT_SSD_CAPACTY_BYTES", "1"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import resource
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from stoker_checkpoint import _native
 from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_checkpoint.pool import Pool
 from stoker_checkpoint.probe import probe_readers
-from stoker_core.errors import InvalidSettings, StokerError
+from stoker_core.errors import InvalidMessage, InvalidSettings, StokerError, StorageFailed
 from stoker_core.logging import get_logger
 from stoker_core.runner import Part
+from stoker_storeagent.keep import PoolKeep, Taken
 from stoker_storeagent.settings import StoreagentSettings
+from stoker_storeagent.table import CONTENTS_FORMAT, PoolTable, ResidentRecord
 from stoker_storeagent.threads import in_thread
 
 log = get_logger("pool")
@@ -27,32 +31,97 @@ AVAILABLE_SHARE = 4
 CHUNKS_MIN = 2
 LOOK_S = 0.2
 PROBE_CHUNKS = 4
+PROBE_FILES = 24
+"""So that each turn of a probe reads others."""
 _CGROUP_FILES = (  # version 2, then 1: limit and use of the container that we are in
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
 
-def open_pool(settings: StoreagentSettings) -> Pool:
-    """The pool that settings ask for. Returns at once: its pages come in the background.
+@dataclass(frozen=True)
+class OpenPool:
+    """A pool and its table, new or taken over.
 
-    Raises InvalidSettings if it would be too small, NativeUnavailable if the kernel refuses it.
+    records: of what the agent before this one left in it; their chunks are allocated.  loading: instances that may read
+    from them still.
     """
+
+    pool: Pool
+    table: PoolTable
+    records: tuple[ResidentRecord, ...] = ()
+    loading: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        self.pool.close()
+        self.table.close()
+
+
+async def open_pool(settings: StoreagentSettings, keep: PoolKeep, *, timeout_s: float) -> OpenPool:
+    """The pool that the worker keeps, if it is what settings ask for, else a new one, whose pages come in the background.
+
+    timeout_s: for the worker to answer.
+    Raises InvalidSettings if it would be too small, NativeUnavailable if the kernel refuses it, StorageFailed.
+    """
+    taken = await keep.take(timeout_s=timeout_s)
+    if taken is not None:
+        try:
+            return await asyncio.to_thread(_adopted, settings, taken)
+        except (InvalidMessage, StorageFailed) as error:
+            log.warning("pool_not_adopted", code=error.code, error=error.message)
+        finally:
+            taken.close()
+        await keep.drop()  # its memory is wanted for the new one
+    return await asyncio.to_thread(_new, settings)
+
+
+def _adopted(settings: StoreagentSettings, taken: Taken) -> OpenPool:
+    """Raises InvalidMessage, StorageFailed."""
+    table = PoolTable.adopt(taken.table_fd)
+    try:
+        snapshot = table.read()
+        if snapshot is None or snapshot.format != CONTENTS_FORMAT:
+            raise InvalidMessage("what lies in the pool is not known")
+        if settings.pool_bytes and snapshot.pool_chunks != settings.pool_bytes // CHUNK_BYTES:
+            raise InvalidMessage("STOKER_STOREAGENT_POOL_BYTES asks for another size")
+        pool = Pool.adopt(
+            taken.pool_fd,
+            [chunk for record in snapshot.residents for chunk in record.chunks],
+            lock=settings.pool_lock,
+            fault_threads=settings.pool_fault_threads,
+            reader=settings.reader,
+            register_cuda=_pinned(settings),
+        )
+    except BaseException:
+        table.close()
+        raise
+    return OpenPool(pool, table, snapshot.residents, taken.loading)
+
+
+def _new(settings: StoreagentSettings) -> OpenPool:
     size_bytes = settings.pool_bytes or available_bytes() // AVAILABLE_SHARE
     if size_bytes < CHUNKS_MIN * CHUNK_BYTES:
         raise InvalidSettings(
             f"STOKER_STOREAGENT_POOL_BYTES: {size_bytes} bytes are too few; the pool needs {CHUNKS_MIN * CHUNK_BYTES}"
         )
-    # Copies to a GPU are fast from memory that its driver has pinned. That takes a context on the first device.
-    pinned = settings.ring_slots > 0 and _native.cuda_available()[0]
-    return Pool(
+    pool = Pool(
         size_bytes,
         huge=settings.pool_huge,
         lock=settings.pool_lock,
         fault_threads=settings.pool_fault_threads,
         reader=settings.reader,
-        register_cuda=pinned,
+        register_cuda=_pinned(settings),
     )
+    try:
+        return OpenPool(pool, PoolTable())
+    except BaseException:
+        pool.close()
+        raise
+
+
+def _pinned(settings: StoreagentSettings) -> bool:
+    """Copies to a GPU are fast from memory that its driver has pinned. That takes a context on the first device."""
+    return settings.ring_slots > 0 and bool(_native.cuda_available()[0])
 
 
 def available_bytes() -> int:
@@ -130,12 +199,11 @@ async def _warm(pool: Pool) -> None:
 
 def _probe(pool: Pool, ssd_root: Path) -> None:
     try:
-        size_bytes, path = max((file.stat().st_size, file) for file in ssd_root.glob("[!.]*/*.safetensors"))
-        if size_bytes < PROBE_CHUNKS * CHUNK_BYTES:
+        found = (file for file in (ssd_root / "chunks").glob("*/*") if file.stat().st_size == CHUNK_BYTES)
+        paths = list(itertools.islice(found, PROBE_FILES))
+        if len(paths) < PROBE_CHUNKS:
             return
-        result = probe_readers(path, chunks=PROBE_CHUNKS)
-    except ValueError:  # nothing there
-        return
+        result = probe_readers(paths, chunks=PROBE_CHUNKS)
     except (OSError, StokerError) as error:
         log.warning("readers_not_probed", error=str(error))
         return

@@ -1,284 +1,261 @@
-"""The SSD tier's directory: one plain directory per model, complete from the moment it has its name.
+"""The SSD tier's directory: chunks under the digests of their contents, and a folder for each model.
 
-    <root>/<model_id>/…              the files and stoker.json
-    <root>/.tmp-<model_id>-<id>/     a copy in progress, or one being removed; a start removes them
+    <root>/chunks/<first two hex>/<32 hex of the xxh3-128>   a complete chunk
+    <root>/parts/<model_id>/<position>                       a chunk so far: its first bytes
+    <root>/parts/BOOT                                        of the boot since which the parts were written
+    <root>/models/<model_id>/…                               small files, stoker.manifest, record.json, each shard's header
+                                                             alone under its name (who wants data is refused), and
+                             learnt.log                      digests by position, while they are not bound
+    <root>/.tmp-…                                            leftovers; a start removes them
 
-Everything here blocks on the disk and is called in threads, unless it says otherwise.
+A chunk has its name only once its bytes are on the disk; a folder is complete from the moment it has its name. Parts
+survive the process but not the machine. Names of folders are durable; that of a chunk may be lost with the power, which
+costs fetching it again.
+Everything below chunks, parts and models is this class's to remove; of what else lies at the top level only leftovers
+and models as earlier versions kept them.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import shutil
-import stat
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Set
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import xxhash
 
-from stoker_checkpoint.digests import ChunkDigests
-from stoker_checkpoint.directory import resolve_inside
+from stoker_checkpoint.header import bare_header
+from stoker_checkpoint.leased import MANIFEST, encode_manifest
 from stoker_checkpoint.manifest import is_plain_name
-from stoker_core.errors import CorruptCheckpoint, RefusedCheckpoint, Stopping, StorageFailed, TierFull
+from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_core.errors import RefusedCheckpoint
 from stoker_core.ids import Ids
 from stoker_core.logging import get_logger
-from stoker_db.ports import ModelFile
+from stoker_storeagent.adapters.ssd_files import (
+    LEARNT,
+    RECORD,
+    RESERVED,
+    Layout,
+    disk_errors,
+    read_bounded,
+    sync_directory,
+    write_new,
+)
+from stoker_storeagent.adapters.ssd_part import Direct, SsdPart
+from stoker_storeagent.adapters.ssd_start import Record, learnt_entry, read_record, scan
+from stoker_storeagent.ports import DiskContents
+from stoker_storeagent.records import Checkpoint
+from stoker_storeagent.threads import Threads
 
 log = get_logger("ssd")
 
-MANIFEST = "stoker.json"
-MANIFEST_BYTES_MAX = 16 * 1024 * 1024
-_FORMATS = (1, 2)
-_LEFTOVER = ".tmp-"
-_MODEL_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-
-class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
-    """digest: of the whole file.  mtime_ns: -1 if not known.  chunk_digests: as `stoker_checkpoint.digests`; empty if not known."""
-
-    path: str
-    size_bytes: int
-    digest: str
-    mtime_ns: int = -1
-    chunk_digests: tuple[str, ...] = ()
-
-
-class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
-    """stoker.json: what a directory of the tier must hold, so that it can be used without the database.
-
-    Format 1 knew neither times nor digests of chunks.
-    """
-
-    model_id: str
-    name: str
-    files: tuple[StoredFile, ...]
-    format: int = 2
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
+_CHECK_BYTES = 2**20
 
 
 class SsdDirectory:
-    """Nothing under `root` is removed that this class did not write."""
+    """Implements `ports.Disk`. Calls about one model follow one another, but for `learn`; others may overlap.
 
-    def __init__(self, root: Path, ids: Ids) -> None:
+    Raises TierFull where something is written, StorageFailed everywhere, and RefusedCheckpoint for an id, digest or file
+    name that must not become a path.
+    threads: how many block on the disk at most; each has a buffer of 1 MiB while it checks a chunk.
+    """
+
+    def __init__(self, root: Path, ids: Ids, *, threads: int) -> None:
         self.root = root
-        self._ids = ids
+        self._layout = Layout(root, ids)
+        self._threads = Threads(threads, "ssd")
+        self._direct = Direct()
 
-    def path(self, model_id: str) -> Path:
-        if not _MODEL_ID.fullmatch(model_id):
-            raise RefusedCheckpoint(model_id, "is no model id")
-        return self.root / model_id
+    async def open(self) -> DiskContents:
+        """Also removes what a crash left and what cannot be used. Before anything else; no part may be open."""
 
-    def open(self) -> list[tuple[StoredModel, float]]:
-        """Make the directory, remove what unfinished copies left, return complete models: (what, when filled, by mtime).
+        def work() -> DiskContents:
+            with disk_errors(self.root):
+                return scan(self._layout)
 
-        Raises StorageFailed.
-        """
-        found = []
-        with _writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in sorted(self.root.iterdir()):
-                if path.name.startswith(_LEFTOVER):
-                    shutil.rmtree(path)
-                    log.info("leftover_removed", path=str(path))
-                elif (stored := _adoptable(path)) is None:
-                    continue
-                elif (lack := _lack(path, stored)) is None:
-                    found.append((stored, (path / MANIFEST).stat().st_mtime))
-                else:
-                    shutil.rmtree(path)
-                    log.warning("incomplete_removed", path=str(path), reason=lack)
-        return found
+        return await self._threads.run(work)
 
-    def stored(self, model_id: str) -> StoredModel:
-        """What a model's directory must hold. Raises CorruptCheckpoint if that is not known any more."""
-        path = self.path(model_id)
-        try:
-            return _read_manifest(path)
-        except OSError as error:
-            raise CorruptCheckpoint(str(path / MANIFEST), error.strerror or str(error)) from error
-        except (ValueError, msgspec.MsgspecError) as error:
-            raise CorruptCheckpoint(str(path / MANIFEST), str(error)) from error
+    def close(self) -> None:
+        """Wait for what the disk is doing; blocks. After the last call."""
+        self._threads.close()
 
-    def free_bytes(self) -> int:
+    async def free_bytes(self) -> int:
         """Free for this user on the file system."""
-        with _writing(self.root):
-            return shutil.disk_usage(self.root).free
 
-    def begin(self, model_id: str, files: Sequence[ModelFile]) -> Path:
-        """A temporary directory with room for `files` allocated. Raises TierFull if the disk has none, StorageFailed."""
-        path = self._leftover(model_id)
+        def work() -> int:
+            with disk_errors(self.root):
+                return shutil.disk_usage(self.root).free
+
+        return await self._threads.run(work)
+
+    def folder(self, model_id: str) -> Path:
+        return self._layout.folder(model_id)
+
+    def chunk(self, digest: str) -> Path:
+        return self._layout.chunk(digest)
+
+    async def keep(self, checkpoint: Checkpoint, files: Mapping[str, bytes] | None) -> None:
+        """In a folder that exists, files are replaced one by one: who has its path always finds every one of them."""
+        for name in files or ():
+            if not is_plain_name(name) or name in RESERVED:
+                raise RefusedCheckpoint(name, "is no plain file name")
+        await self._threads.run(partial(self._keep, checkpoint, files))
+
+    async def forget(self, model_id: str) -> None:
+        await self._threads.run(partial(self._forget, self._layout.folder(model_id), self._layout.parts_of(model_id)))
+
+    async def touch(self, model_id: str) -> None:
+        record = self._layout.folder(model_id) / RECORD
+
+        def work() -> None:
+            with disk_errors(record):
+                try:
+                    os.utime(record)
+                except FileNotFoundError:
+                    return  # forgotten meanwhile
+
+        await self._threads.run(work)
+
+    async def learn(self, model_id: str, position: int, digest: str) -> None:
+        """Not synced: a lost entry costs fetching one chunk again."""
+        self._layout.chunk(digest)
+        path = self._layout.folder(model_id) / LEARNT
+        entry = learnt_entry(position, digest)
+
+        def work() -> None:
+            with disk_errors(path, len(entry)):
+                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    if os.write(descriptor, entry) != len(entry):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                finally:
+                    os.close(descriptor)
+
+        await self._threads.run(work)
+
+    async def part(self, model_id: str, position: int) -> SsdPart:
+        part = SsdPart(self._layout, self._threads, self._direct, model_id, position)
         try:
-            with _writing(path, sum(file.size_bytes for file in files)):
-                path.mkdir(mode=0o700)
-                for file in files:
-                    if not is_plain_name(file.path) or file.path == MANIFEST:
-                        raise RefusedCheckpoint(file.path, "is no plain file name")
-                    _allocate(path / file.path, file.size_bytes)
+            await part.open()
         except BaseException:
-            self.abandon(path)
+            part.close()
             raise
-        return path
+        return part
 
-    def copy(
-        self,
-        source: Path,
-        target: Path,
-        file: ModelFile,
-        *,
-        chunk_bytes: int,
-        cancelled: threading.Event,
-        on_bytes: Callable[[int], None],
-    ) -> StoredFile:
-        """Copy one file from directory to directory and put it on the disk; returns what was written.
+    async def remove(self, digest: str) -> None:
+        path = self._layout.chunk(digest)
 
-        on_bytes: told the bytes done so far.
-        Raises RefusedCheckpoint if it is gone or unreadable, CorruptCheckpoint if it has another size than registered,
-        TierFull, StorageFailed, and Stopping once `cancelled` is set.
-        """
-        origin = resolve_inside(source, file.path)
-        destination = target / file.path
-        digest, chunks = hashlib.sha256(), ChunkDigests()
-        done = 0
-        buffer = memoryview(bytearray(chunk_bytes))
-        with _writing(destination, file.size_bytes), ExitStack() as files:
-            with _reading(origin):
-                reader = files.enter_context(origin.open("rb", buffering=0))
-            writer = files.enter_context(destination.open("r+b", buffering=0))
-            while True:
-                if cancelled.is_set():
-                    raise Stopping
-                with _reading(origin):
-                    chunk = buffer[: reader.readinto(buffer)]
-                done += len(chunk)
-                if done > file.size_bytes or not chunk:
-                    break
-                digest.update(chunk)
-                chunks.update(chunk)
-                _write_all(writer.fileno(), chunk)
-                on_bytes(done)
-            if done != file.size_bytes:
-                has = "more than" if done > file.size_bytes else f"{done} bytes instead of"
-                raise CorruptCheckpoint(str(origin), f"it has {has} the {file.size_bytes} bytes that were registered")
-            os.fsync(writer.fileno())
-            mtime_ns = os.fstat(writer.fileno()).st_mtime_ns
-        return StoredFile(
-            path=file.path,
-            size_bytes=file.size_bytes,
-            digest=f"sha256:{digest.hexdigest()}",
-            mtime_ns=mtime_ns,
-            chunk_digests=chunks.finish(),
-        )
+        def work() -> None:
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
 
-    def publish(self, temporary: Path, stored: StoredModel) -> Path:
-        """Give a complete copy its name, durably. Raises TierFull, StorageFailed."""
-        final = self.path(stored.model_id)
-        with _writing(final, MANIFEST_BYTES_MAX):
-            with (temporary / MANIFEST).open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(stored)))
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_directory(temporary)
-            if final.exists():  # not a copy of ours that is in use: the ledger knows those
-                self.discard(self.set_aside(stored.model_id))
-            temporary.rename(final)
-            _sync_directory(self.root)
-        return final
+        await self._threads.run(work)
 
-    def set_aside(self, model_id: str) -> Path:
-        """Take a model's name away at once (a rename; no need of a thread). Returns what is to be discarded."""
-        aside = self._leftover(model_id)
-        with _writing(self.root):
-            self.path(model_id).rename(aside)
-        return aside
+    async def open_chunk(self, digest: str) -> int:
+        path = self._layout.chunk(digest)
+        opened: list[int] = []
 
-    def discard(self, path: Path) -> None:
-        """Remove a temporary directory. Raises StorageFailed."""
-        with _writing(path):
-            shutil.rmtree(path)
+        def work() -> None:
+            with disk_errors(path):
+                opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
 
-    def abandon(self, path: Path) -> None:
-        """Remove what a failed copy left, as far as that is possible now; the next start removes the rest."""
-        shutil.rmtree(path, ignore_errors=True)
-
-    def _leftover(self, model_id: str) -> Path:
-        return self.root / f"{_LEFTOVER}{self.path(model_id).name}-{self._ids.new('copy')}"
-
-
-def _adoptable(path: Path) -> StoredModel | None:
-    """The manifest of a directory that this tier wrote; None, said in the log, for anything else."""
-    try:
-        return _read_manifest(path)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
-        log.warning("not_adopted", path=str(path), reason=str(error))
-        return None
-
-
-def _read_manifest(path: Path) -> StoredModel:
-    """Raises OSError, ValueError, MsgspecError."""
-    if (path / MANIFEST).stat().st_size > MANIFEST_BYTES_MAX:
-        raise ValueError(f"{MANIFEST} is too large")
-    stored = msgspec.json.decode((path / MANIFEST).read_bytes(), type=StoredModel)
-    if stored.format not in _FORMATS or stored.model_id != path.name or not _MODEL_ID.fullmatch(path.name):
-        raise ValueError(f"{MANIFEST} is not this directory's")
-    return stored
-
-
-def _lack(path: Path, stored: StoredModel) -> str | None:
-    for file in stored.files:
         try:
-            status = (path / file.path).lstat() if is_plain_name(file.path) else None
-        except FileNotFoundError:
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.size_bytes:
-            return f"{file.path} is no file of {file.size_bytes} bytes"
-    return None
+            await self._threads.run(work)
+        except BaseException:  # cancelled: the thread may have opened it all the same
+            for descriptor in opened:
+                os.close(descriptor)
+            raise
+        return opened[0]
+
+    async def intact(self, digest: str) -> bool:
+        return await self._threads.run(partial(_intact, self._layout.chunk(digest)))
+
+    def _keep(self, checkpoint: Checkpoint, files: Mapping[str, bytes] | None) -> None:
+        folder = self._layout.folder(checkpoint.model_id)
+        if files is None:
+            files = {}
+            with disk_errors(folder):
+                sizes = read_record(folder).files
+        else:
+            files = dict(files) | {shard.name: bare_header(shard) for shard in checkpoint.manifest.shards}
+            sizes = {name: len(content) for name, content in files.items()}
+        record = Record(
+            model_id=checkpoint.model_id,
+            name=checkpoint.name,
+            source=checkpoint.source,
+            versions=checkpoint.versions,
+            small_bytes=checkpoint.small_bytes,
+            files=sizes,
+        )
+        # The record last: it says what the others must be.
+        contents = files | {
+            MANIFEST: encode_manifest(checkpoint.manifest),
+            RECORD: msgspec.json.format(msgspec.json.encode(record)),
+        }
+        with disk_errors(folder, sum(map(len, contents.values()))):
+            if folder.is_dir():
+                self._replace(folder, contents, {*sizes, *([] if checkpoint.bound else [LEARNT])})
+            else:
+                self._make(folder, contents)
+
+    def _make(self, folder: Path, contents: Mapping[str, bytes]) -> None:
+        fresh = self._layout.leftover(folder.name)
+        try:
+            fresh.mkdir(mode=0o700)
+            for name, content in contents.items():
+                write_new(fresh / name, content)
+            sync_directory(fresh)
+            fresh.rename(folder)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)  # what cannot be removed now is a leftover of the next start
+            raise
+        sync_directory(folder.parent)
+
+    def _replace(self, folder: Path, contents: Mapping[str, bytes], others: Set[str]) -> None:
+        """others: names that may stay as they are."""
+        for name, content in contents.items():
+            if not _holds(folder / name, content):
+                self._layout.write(folder / name, content)
+        for path in list(folder.iterdir()):
+            if path.name not in contents and path.name not in others:
+                self._layout.remove(path)
+        sync_directory(folder)
+
+    def _forget(self, folder: Path, parts: Path) -> None:
+        for path in (folder, parts):
+            with disk_errors(path):
+                if path.is_dir():
+                    self._layout.remove(path)
+                    sync_directory(path.parent)
 
 
-@contextmanager
-def _writing(path: Path, need_bytes: int = 0) -> Iterator[None]:
+def _holds(path: Path, content: bytes) -> bool:
     try:
-        yield
+        return read_bounded(path, len(content)) == content
+    except (OSError, ValueError):
+        return False  # whatever is there is replaced
+
+
+def _intact(path: Path) -> bool:
+    buffer = memoryview(bytearray(_CHECK_BYTES))
+    found, size_bytes = xxhash.xxh3_128(), 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            # What memory has of it says nothing of the disk; and afterwards it only takes the place of something useful.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            while size_bytes <= CHUNK_BYTES and (size := os.readv(descriptor, [buffer])):
+                found.update(buffer[:size])
+                size_bytes += size
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return False
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise TierFull("ssd", need_bytes, 0) from error
-        raise StorageFailed(str(path), error.strerror or str(error)) from error
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RefusedCheckpoint(str(path), error.strerror or str(error)) from error
-
-
-def _allocate(path: Path, size_bytes: int) -> None:
-    """A full disk shows here, before anything was copied."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        if size_bytes:
-            os.posix_fallocate(descriptor, 0, size_bytes)
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, chunk: memoryview) -> None:
-    while chunk:
-        chunk = chunk[os.write(descriptor, chunk) :]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        log.warning("chunk_unreadable", path=str(path), error=error.strerror)
+        return False
+    return 0 < size_bytes <= CHUNK_BYTES and found.hexdigest() == path.name

@@ -1,0 +1,1 @@
+"""Chunks from other nodes' storage agents, and for them."""
