@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from stoker_checkpoint.open import open_checkpoint
 from stoker_cli.bench import load_run, make_checkpoint
 from stoker_cli.bench.load_contestants import wrong_tensors
-from stoker_cli.bench.load_figures import figures, rotated, sweep_figures, table, with_ratios
+from stoker_cli.bench.load_figures import balanced, figures, rotated, sweep_figures, table, with_ratios
 from stoker_core.errors import SetupFailed
 
 
@@ -126,6 +128,15 @@ def test_every_contestant_begins_in_turn() -> None:
         ["c", "a", "b"],
         ["a", "b", "c"],
     ]
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(2, 2), (7, 14), (8, 8)])
+def test_everyone_follows_everybody_else_equally_often(count: int, rounds: int) -> None:
+    orders = [balanced(range(count), number) for number in range(rounds)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    followed = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(followed) == count * (count - 1)
+    assert len(set(followed.values())) == 1
 
 
 def test_the_device_is_the_better_of_both_measurements_of_the_round() -> None:

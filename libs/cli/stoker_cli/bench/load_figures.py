@@ -36,6 +36,18 @@ def rotated(names: Sequence[T], number: int) -> list[T]:
     return [*names[at:], *names[:at]]
 
 
+def balanced(names: Sequence[T], number: int) -> list[T]:
+    """The order of round `number`, so that in as many rounds as there are names (twice as many, if odd) everyone follows
+    everybody else equally often: what one leaves behind, a disk's burst used up or memory given back, favours nobody.
+
+    Source: E. J. Williams, "Experimental designs balanced for the estimation of residual effects of treatments", 1949.
+    """
+    size = len(names)
+    first = [index // 2 if index % 2 == 0 else size - 1 - index // 2 for index in range(size)]
+    order = [names[(at + number) % size] for at in first]
+    return order[::-1] if size % 2 and number // size % 2 else order
+
+
 def with_ratios(measured: Mapping[str, float], file_bytes: int) -> Round:
     """Add speeds, and Stoker's speed over every other's of the same round, to a round's `NAME_s`."""
     found = dict(measured)

@@ -21,7 +21,7 @@ from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_cli.bench import page_cache
 from stoker_cli.bench.load_child import MESSAGE_BYTES_MAX
 from stoker_cli.bench.load_contestants import PACKAGES, Job, installed
-from stoker_cli.bench.load_figures import Round, rotated
+from stoker_cli.bench.load_figures import Round, balanced
 from stoker_cli.bench.make_checkpoint import Checkpoint
 from stoker_cli.process import tail
 from stoker_core.errors import SetupFailed
@@ -45,12 +45,13 @@ SHARED_OF_CHILD_BYTES = 500_000_000  # of a prepared child: torch and what it im
 
 
 class Child:
-    """A contestant in a process of its own. Ended, whatever it does, on leaving the context."""
+    """What is measured, in a process of its own. Ended, whatever it does, on leaving the context."""
 
-    def __init__(self, job: Job, log: Path) -> None:
-        self._name, self._log = job.contestant, log
+    def __init__(self, name: str, module: str, job: msgspec.Struct, log: Path) -> None:
+        """module: of stoker_cli.bench; it takes a socket's descriptor and `job` as JSON, as load_child does."""
+        self._name, self._log = name, log
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "stoker_cli.bench.load_child", str(theirs.fileno())]
+        command = [sys.executable, "-m", f"stoker_cli.bench.{module}", str(theirs.fileno())]
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*command, msgspec.json.encode(job).decode()],
@@ -64,6 +65,8 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes also who waits for an answer in another thread
         self._socket.close()  # it ends by itself when it notices
         try:
             self._process.wait(END_TIMEOUT_S)
@@ -146,7 +149,7 @@ class Bench:
         """
         measured = []
         for number in range(rounds):
-            self._say(f"round {number + 1} of {rounds}: {', '.join(rotated(self._names, number))}")
+            self._say(f"round {number + 1} of {rounds}: {', '.join(balanced(self._names, number))}")
             one = self._round(number, verify=verify and number == 0)
             self._say(
                 f"round {number + 1} of {rounds}: "
@@ -157,7 +160,7 @@ class Bench:
 
     def _round(self, number: int, *, verify: bool) -> Round:
         found: Round = {}
-        order = rotated(self._names, number)
+        order = balanced(self._names, number)
         groups = [order] if self._together else [[name] for name in order]
         for group in groups:
             with ExitStack() as stack:
@@ -201,7 +204,7 @@ class Bench:
             total_bytes=self._checkpoint.total_bytes,
             pool_bytes=self._pool_bytes,
         )
-        return Child(job, self._logs / f"{name}.log")
+        return Child(name, "load_child", job, self._logs / f"{name}.log")
 
     def _cold(self, name: str, load: str, child: Child, *, verify: bool) -> Round:
         self._make_cold()
