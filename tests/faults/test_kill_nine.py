@@ -9,9 +9,9 @@ import time
 import psutil
 import pytest
 from tests.support.services import eventually
-from tests.support.stack import PROCESSES, Stack
+from tests.support.stack import CAPITAL, DEMO_MODEL, PROCESSES, Stack
 
-MODEL = "smollm2-135m"
+MODEL = DEMO_MODEL
 RECOVERY_S = 30.0
 
 pytestmark = pytest.mark.timeout(300)
@@ -21,7 +21,7 @@ def ask(stack: Stack, timeout_s: float = 60.0) -> bool:
     """Whether one request is answered, and rightly."""
     body = {
         "model": MODEL,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": CAPITAL}],
         "temperature": 0,
         "max_tokens": 8,
     }

@@ -89,6 +89,15 @@ async def test_without_a_node_the_first_live_one_is_asked(rig: Rig) -> None:
     assert (len(asked["node-a"]), len(asked["node-b"])) == (1, 0)
 
 
+async def test_a_node_that_just_left_is_passed_over(rig: Rig) -> None:
+    left = StoreStatus(node="node-a", boot_id="s1", seq=1, tiers=())
+    await send(rig.bus, subjects.status_store("node-a"), left)
+    asked = await store_says(rig, "node-b")
+    await _until_nodes(rig, 2)
+    status, _, _ = await rig.post("/admin/v1/models", BODY)
+    assert (status, len(asked)) == (201, 1)
+
+
 async def test_a_node_that_is_not_there_is_503(rig: Rig) -> None:
     status, body, _ = await rig.post("/admin/v1/models", {**BODY, "node": "absent"})
     assert (status, body["error"]["code"]) == (503, "no_responders")  # type: ignore[index]

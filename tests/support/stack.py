@@ -18,9 +18,13 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.support.nats_server import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_CACHE = REPOSITORY / ".cache" / "demo"
+DEMO_MODEL = "smollm2-135m"
+CAPITAL = "Name the capital of France."
+"""The demo model answers with Paris, whatever the CPU: other wordings lead to a tie that bfloat16's rounding decides."""
 READY_TIMEOUT_S = 300.0
 PROCESSES = {
     "nats": "nats-server",
@@ -33,15 +37,18 @@ PROCESSES = {
 
 
 class Stack:
-    """home: STOKER_HOME of the system.  log: what `stoker up` printed."""
+    """home: STOKER_HOME of the system.  log: what `stoker up` printed.  s3_port: where its storage agents look for S3."""
 
     def __init__(self, home: Path, log: Path, *options: str) -> None:
-        self.home, self.log = home, log
+        self.home, self.log, self.s3_port = home, log, free_port()
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("STOKER_")}
         self.environment = inherited | {
             "STOKER_HOME": str(home),
             "STOKER_UP_DEMO_CACHE": str(DEMO_CACHE),
             "STOKER_STOREAGENT_POOL_BYTES": str(1 << 30),
+            "STOKER_STOREAGENT_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_port}",
+            "STOKER_STOREAGENT_S3_ANONYMOUS": "true",
+            "STOKER_STOREAGENT_S3_REGION": "us-east-1",
         }
         ports = ("--gateway-port", "0", "--nats-port", "0", "--postgres-port", "0")
         with log.open("wb") as output:

@@ -257,7 +257,7 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="What to say. Without it: a conversation.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default 1.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Limit of one answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Limit of one answer.", min=1)] = 1024,
     seed: Annotated[int | None, typer.Option(help="The same seed repeats an answer.")] = None,
     url: Url = None,
 ) -> None:
@@ -265,7 +265,7 @@ def chat(
 
     \b
     stoker chat smollm2-135m
-    stoker chat smollm2-135m "What is the capital of France?" --temperature 0
+    stoker chat smollm2-135m "Name the capital of France." --temperature 0
     """
     from stoker_cli import chat as chatting
 

@@ -117,7 +117,7 @@ def ready_lines(url: str, *, with_demo: bool) -> str:
     """What to print when all is ready: the URL and what to try."""
     lines = [f"Stoker is ready at {url}", ""]
     if with_demo:
-        question = [{"role": "user", "content": "What is the capital of France?"}]
+        question = [{"role": "user", "content": "Name the capital of France."}]
         body = msgspec.json.encode({"model": demo.NAME, "messages": question, "temperature": 0}).decode()
         lines += [
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",

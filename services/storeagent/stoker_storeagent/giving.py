@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from stoker_checkpoint.digests import chunk_digest
 from stoker_checkpoint.plan import CHUNK_BYTES
 from stoker_contracts.control import Located
 from stoker_core.errors import NotHeld, StorageFailed
@@ -71,7 +72,8 @@ class Giving:
             fd=load.filling.pool_fd,
             offset_bytes=load.filling.chunks[position] * CHUNK_BYTES,
             size_bytes=size_bytes,
-            digest=load.digest(position),
+            # Nobody told the digests of a load that an agent before this one began, while they are not bound.
+            digest=load.digest(position) or chunk_digest(load.filling.buffer(position)),
         )
 
     @asynccontextmanager

@@ -113,12 +113,12 @@ class Origins:
                 origin.blame(error)
 
     async def read(
-        self, position: int, done_bytes: int, buffer: memoryview, on_bytes: OnBytes
+        self, position: int, done_bytes: int, buffer: memoryview, on_bytes: Callable[[int, Origin], None]
     ) -> tuple[Origin | None, str]:
         """Fill buffer[done_bytes:] with what the chunk has there. Returns whom it is from, and the chunk's digest if known.
 
         None: it is from several, so nobody knows whose bytes are the wrong ones if some are.
-        on_bytes: told how much of the buffer is filled.
+        on_bytes: told how much of the buffer is filled, and by whom the last of it was.
         Raises what the last origin raised when none is left.
         """
         missed, gave = set[Origin](), set[Origin]()
@@ -129,12 +129,12 @@ class Origins:
                 raise self._error
             began = done_bytes
 
-            def arrived(size_bytes: int, began: int = began, meter: Meter | None = origin.meter) -> None:
+            def arrived(size_bytes: int, began: int = began, origin: Origin = origin) -> None:
                 nonlocal done_bytes
-                if meter is not None:
-                    meter.add(began + size_bytes - done_bytes, self._clock.monotonic_s())
+                if origin.meter is not None:
+                    origin.meter.add(began + size_bytes - done_bytes, self._clock.monotonic_s())
                 done_bytes = began + size_bytes
-                on_bytes(done_bytes)
+                on_bytes(done_bytes, origin)
 
             if origin.meter is not None:
                 origin.meter.begin(self._clock.monotonic_s())

@@ -14,7 +14,9 @@ from stoker_storeagent.throttle import Throttle
 log = get_logger("scrub")
 
 IDLE_S = 10.0
-"""Between two rounds, and while there is nothing."""
+"""While there is nothing."""
+ROUND_S = 6 * 3600.0
+"""From the end of a round to the next: what rots does so in months, and reading wears some disks."""
 
 
 class Scrub:
@@ -45,4 +47,5 @@ class Scrub:
             if self._throttle.bytes_per_s and self._ledger.chunks:
                 damaged = await self.round()
                 log.info("scrubbed", chunks=len(self._ledger.chunks), damaged=damaged)
+                await self._clock.sleep(ROUND_S)
             await self._clock.sleep(IDLE_S)

@@ -80,6 +80,11 @@ class Shelving:
             return None
         return await self._disk.part(self._model_id, position)
 
+    async def arriving(self, position: int, digest: str) -> None:
+        """Raises TierFull, StorageFailed."""
+        if not self._checkpoint.bound:
+            await self._disk.learn(self._model_id, position, digest)
+
     async def arrived(self, position: int, digest: str) -> None:
         """Raises StorageFailed."""
         if self._ledger.shelf(self._model_id) is None:  # given up meanwhile: others bound other digests
@@ -89,8 +94,6 @@ class Shelving:
         _, _, size_bytes = self._checkpoint.place(position)
         self._ledger.arrived(self._model_id, position, digest, size_bytes)
         self._copied_bytes += size_bytes
-        if not self._checkpoint.bound:
-            await self._disk.learn(self._model_id, position, digest)
 
     async def stray(self, digest: str) -> None:
         if digest not in self._ledger.chunks:

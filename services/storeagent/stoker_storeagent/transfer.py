@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from stoker_checkpoint.digests import chunk_digest
+from stoker_contracts.models import Tier
 from stoker_core.errors import CorruptCheckpoint, StokerError, StorageFailed, TierFull
 from stoker_storeagent.copying import Copy
 from stoker_storeagent.origins import Origin, Origins
@@ -47,6 +48,10 @@ class Shelving(Protocol):
     """Where copies on the disk go; it takes none any more once that failed."""
 
     async def part(self, position: int) -> Part | None: ...
+
+    async def arriving(self, position: int, digest: str) -> None:
+        """It is about to have its digest's name on the disk: whatever happens next, a start will know whose it is."""
+        ...
 
     async def arrived(self, position: int, digest: str) -> None: ...
 
@@ -152,12 +157,16 @@ class Transfer:
         try:
             copy, done_bytes = await self._begun(copy)
             while True:
-                origin, said = None, ""
+                origin, said, mixed = None, "", False
                 if done_bytes < len(place):
                     origin, said = await self._read(position, place, done_bytes, copy)
+                    mixed = origin is None
                 digest = chunk_digest(place)
                 wanted = expected or said
-                if not wanted or digest == wanted:
+                # Bytes that nothing vouches for have to be of one origin: one that broke off may have given wrong ones.
+                if digest == wanted or not (wanted or mixed):
+                    if copy is not None:
+                        copy.arrived(len(place))
                     return digest, copy
                 copy = await self._anew(position, place, copy)
                 if origin is not None and not done_bytes:  # else the bytes of an earlier run may be the wrong ones
@@ -199,9 +208,16 @@ class Transfer:
     async def _read(
         self, position: int, place: memoryview, done_bytes: int, copy: Copy | None
     ) -> tuple[Origin | None, str]:
-        def arrived(size_bytes: int) -> None:
+        # While a model's digests are not known only its own source's bytes may lie in a part, where the next who goes on
+        # with it cannot tell whose they are.
+        trusted = True
+        bound = bool(self._checkpoint.digest(position))
+
+        def arrived(size_bytes: int, origin: Origin) -> None:
+            nonlocal trusted
+            trusted = trusted and (bound or origin.tier is Tier.REMOTE)
             self._partial[position] = size_bytes
-            if copy is not None:
+            if copy is not None and trusted:
                 copy.arrived(size_bytes)
 
         origins = await self._found()
@@ -231,6 +247,7 @@ class Transfer:
         try:
             while copy is not None:
                 try:
+                    await self._shelving.arriving(position, digest)
                     await copy.finish(digest)
                     await self._shelving.arrived(position, digest)
                     break

@@ -54,7 +54,7 @@ class Rig:
         self.told.clear()
         self.place[:done_bytes] = right(MODEL, POSITION)[:done_bytes]
         origin, _ = await (origins or await self.find()).read(
-            POSITION, done_bytes, memoryview(self.place), self.told.append
+            POSITION, done_bytes, memoryview(self.place), lambda size, _: self.told.append(size)
         )
         assert bytes(self.place) == right(MODEL, POSITION)
         assert self.told == sorted(self.told)

@@ -72,7 +72,7 @@ async def test_digests_are_noted_until_they_are_bound() -> None:
         rig = Rig(checkpoint)
         shelving = rig.shelving()
         await shelving.open(TOTAL)
-        await shelving.arrived(0, DIGESTS[0])
+        await shelving.arriving(0, DIGESTS[0])
         shelving.close()
         assert rig.disk.learnt["m"] == learnt
 

@@ -165,10 +165,11 @@ async def test_what_a_peer_says_does_not_matter_where_the_digest_is_bound() -> N
     assert (rig.peers.suspected, asked(rig)) == ([], [])
 
 
+@EITHER
 @in_virtual_time
-async def test_a_source_is_not_blamed_for_the_wrong_bytes_of_a_peer_that_broke_off() -> None:
+async def test_a_source_is_not_blamed_for_the_wrong_bytes_of_a_peer_that_broke_off(checkpoint: Checkpoint) -> None:
     broke = Serve(4000, PeerFailed("n1", "closed"), wrong=True)
-    rig = Rig(BOUND, peers={"n1": Giver(BOUND, then=broke)})
+    rig = Rig(checkpoint, peers={"n1": Giver(MODEL, then=broke)})
     await rig.to_pool()
     rig.check_pool()
     rig.check_disk(whole=True)

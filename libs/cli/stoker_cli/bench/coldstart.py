@@ -99,7 +99,7 @@ async def _bench(rounds: int, model: Path | None, with_api_server: bool, json_fi
 def _request() -> dict[str, Any]:
     return {
         "model": MODEL,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "Name the capital of France."}],
         "temperature": 0,
         "max_tokens": 8,
         "stream": True,

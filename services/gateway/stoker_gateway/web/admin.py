@@ -25,7 +25,7 @@ from stoker_contracts.control import (
 )
 from stoker_contracts.events import MODEL_DELETED
 from stoker_contracts.models import ModelOptions, ModelSpec, Tier
-from stoker_core.errors import InvalidRequest, NoNode
+from stoker_core.errors import InvalidRequest, NoNode, NoResponders
 from stoker_db.ports import Database, InstanceRow, Placement
 from stoker_gateway.catalogue import Catalogue
 from stoker_gateway.newest import Newest
@@ -71,14 +71,11 @@ class AdminRoutes:
             source=fields.required_string("source"),
             options=_options(fields),
         )
-        node = fields.string("node") or next((store.node for store in self.stores.all()), None)
+        node = fields.string("node")
         fields.refuse_rest()
-        if node is None:
-            raise NoNode("no storage agent is live; start a node first")
-        _check_node(node, "node")
-        reply: RegisterReply = await ask(
-            self.bus, subjects.store_register(node), message, RegisterReply, timeout_s=self.register_timeout_s
-        )
+        if node is not None:
+            _check_node(node, "node")
+        reply = await self._registered([node] if node else [store.node for store in self.stores.all()], message)
         if isinstance(reply, Failed):
             return _refused(reply)
         await self.catalogue.refresh()
@@ -90,6 +87,22 @@ class AdminRoutes:
             "total_bytes": reply.total_bytes,
         }
         return json_response(answer, 201 if reply.created else 200)
+
+    async def _registered(self, nodes: Sequence[str], message: RegisterModel) -> RegisterReply:
+        """By the first of these whose storage agent listens: one that left may still count as live. Raises NoNode, BusError."""
+        gone = NoNode("no storage agent is live; start a node first")
+        for node in nodes:
+            try:
+                reply: RegisterReply = await ask(
+                    self.bus, subjects.store_register(node), message, RegisterReply, timeout_s=self.register_timeout_s
+                )
+            except NoResponders as error:
+                if len(nodes) == 1:
+                    raise
+                gone = NoNode(f"no storage agent listens any more: {error.message}")
+                continue
+            return reply
+        raise gone
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """{models: [specification, instances: […], tiers: [{node, tier, held_bytes, total_bytes}]]}.
