@@ -33,29 +33,22 @@ def require_digests(shard: Shard, param: str) -> None:
         raise InvalidRequest(f"{shown(shard.name)} cannot be verified: its digests are not known", param)
 
 
-class ChunkDigests:
-    """The digests of a file's chunks, from its bytes as they come by in pieces of any size."""
+class RunningDigest:
+    """The digest of one chunk while its bytes arrive, in order: what has just come is still in a cache of the processor."""
 
     def __init__(self) -> None:
-        self._done: list[str] = []
-        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
+        self._hash = xxhash.xxh3_128()
+        self.size_bytes = 0
 
-    def update(self, data: memoryview) -> None:
-        while data:
-            piece, data = data[: self._room], data[self._room :]
-            self._hash.update(piece)
-            self._room -= len(piece)
-            if not self._room:
-                self._next()
+    def upto(self, chunk: memoryview, size_bytes: int) -> None:
+        """The first size_bytes of `chunk` are there."""
+        if size_bytes > self.size_bytes:
+            self._hash.update(chunk[self.size_bytes : size_bytes])
+            self.size_bytes = size_bytes
 
-    def finish(self) -> tuple[str, ...]:
-        if self._room < CHUNK_BYTES:
-            self._next()
-        return tuple(self._done)
-
-    def _next(self) -> None:
-        self._done.append(_PREFIX + self._hash.hexdigest())
-        self._hash, self._room = xxhash.xxh3_128(), CHUNK_BYTES
+    def digest(self) -> str:
+        """As `chunk_digest` of what was there."""
+        return _PREFIX + self._hash.hexdigest()
 
 
 def digest_manifest(manifest: Manifest, directory: Path) -> Manifest:

@@ -7,8 +7,10 @@ import asyncio
 from stoker_checkpoint.plan import ALIGN_BYTES
 from stoker_storeagent.ports import Part
 
-PIECE_BYTES = 512 * 1024
-"""Written at once, or more if more has arrived by then: about so much of each chunk is fetched again after a crash."""
+PIECE_BYTES = 2 * 1024 * 1024
+"""Written at once, or more if more has arrived by then."""
+PAUSE_S = 0.05
+"""After so long less is written, too: what arrived before it is not fetched again after a crash."""
 
 
 class Copy:
@@ -40,7 +42,8 @@ class Copy:
         """The first size_bytes of the chunk are in the buffer."""
         if size_bytes > self._arrived:
             self._arrived = size_bytes
-            self._more.set()
+            if size_bytes == len(self._buffer) or size_bytes - self._part.size_bytes >= PIECE_BYTES:
+                self._more.set()
 
     async def finish(self, digest: str) -> None:
         """All of it arrived and is right: give it its name on the disk. Raises TierFull, StorageFailed."""
@@ -80,11 +83,20 @@ class Copy:
     async def _write(self) -> None:
         size_bytes = len(self._buffer)
         while (done := self._part.size_bytes) < size_bytes:
+            if self._arrived < size_bytes and self._arrived - done < PIECE_BYTES and await self._more_comes():
+                continue
             upto = self._arrived
             if upto < size_bytes:
                 upto -= upto % ALIGN_BYTES
-                if upto - done < PIECE_BYTES:
-                    self._more.clear()
-                    await self._more.wait()
-                    continue
-            await self._part.write(self._buffer[done:upto])
+            if upto > done:
+                await self._part.write(self._buffer[done:upto])
+
+    async def _more_comes(self) -> bool:
+        """Whether a piece, or the rest, arrived within PAUSE_S."""
+        self._more.clear()
+        try:
+            async with asyncio.timeout(PAUSE_S):
+                await self._more.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-from stoker_checkpoint.digests import chunk_digest
+from stoker_checkpoint.digests import RunningDigest
 from stoker_contracts.models import Tier
 from stoker_core.errors import CorruptCheckpoint, StokerError, StorageFailed, TierFull
 from stoker_storeagent.copying import Copy
@@ -158,10 +158,13 @@ class Transfer:
             copy, done_bytes = await self._begun(copy)
             while True:
                 origin, said, mixed = None, "", False
+                running = RunningDigest()
+                running.upto(place, done_bytes)
                 if done_bytes < len(place):
-                    origin, said = await self._read(position, place, done_bytes, copy)
+                    origin, said = await self._read(position, place, done_bytes, copy, running)
                     mixed = origin is None
-                digest = chunk_digest(place)
+                running.upto(place, len(place))
+                digest = running.digest()
                 wanted = expected or said
                 # Bytes that nothing vouches for have to be of one origin: one that broke off may have given wrong ones.
                 if digest == wanted or not (wanted or mixed):
@@ -206,7 +209,7 @@ class Transfer:
         return await self._copy(position, place)
 
     async def _read(
-        self, position: int, place: memoryview, done_bytes: int, copy: Copy | None
+        self, position: int, place: memoryview, done_bytes: int, copy: Copy | None, running: RunningDigest
     ) -> tuple[Origin | None, str]:
         # While a model's digests are not known only its own source's bytes may lie in a part, where the next who goes on
         # with it cannot tell whose they are.
@@ -217,6 +220,7 @@ class Transfer:
             nonlocal trusted
             trusted = trusted and (bound or origin.tier is Tier.REMOTE)
             self._partial[position] = size_bytes
+            running.upto(place, size_bytes)
             if copy is not None and trusted:
                 copy.arrived(size_bytes)
 
