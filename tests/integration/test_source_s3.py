@@ -110,7 +110,6 @@ async def test_a_model_in_moto_is_inspected_and_read(moto_url: str, model: Path)
     client.put_object(Bucket="models", Key="team/tiny2/config.json", Body=b"{}")
     source = S3Source(S3Settings(endpoint_url=moto_url))
     try:
-        await source.warm()
         found = await source.inspect(f"{URL}/")
         assert found.source == URL
         assert same_model(found, model)
@@ -306,7 +305,6 @@ async def test_a_slow_server_is_waited_for_as_long_as_it_sends(server: FaultyS3,
 
 
 async def test_nobody_listening_is_unavailable(server: FaultyS3, source: S3Source) -> None:
-    await source.warm()
     await server.close()
     with pytest.raises(SourceUnavailable, match="EndpointConnectionError"):
         await Read(1000).of(source)

@@ -60,7 +60,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 class S3Source:
     """Implements ports.Source for `s3://bucket/prefix`. A shard's version is its ETag, which every read insists on.
 
-    Credentials are found as AWS's own tools find them. The client is made when it is first needed, or by `warm`.
+    Credentials are found as AWS's own tools find them. The client is made when it is first needed, which
+    takes a second for imports and credentials.
     """
 
     kind = "s3"
@@ -71,10 +72,6 @@ class S3Source:
         self._settings = settings
         self._opening = asyncio.Lock()
         self._session: S3Session | None = None
-
-    async def warm(self) -> None:
-        """Make the client now: imports and credentials take a second. Raises SourceDenied, SourceUnavailable."""
-        await self._opened()
 
     async def close(self) -> None:
         async with self._opening:
