@@ -25,6 +25,7 @@ from tests.support.services import eventually
 from tests.support.storeagent_rig import agent
 
 from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_checkpoint.writing import Writer
 from stoker_contracts.models import Tier
 
 
@@ -40,20 +41,20 @@ class Writes:
     def __init__(self) -> None:
         self.error: int | None = None
         self.room_bytes = 0
-        self._pwrite = os.pwrite
+        self._write = Writer.write
 
-    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+    async def write(self, writer: Writer, fd: int, data: memoryview, offset: int) -> int:
         if self.error is not None and "/ssd/parts/" in os.readlink(f"/proc/self/fd/{fd}"):
             if self.room_bytes < len(data):
                 raise OSError(self.error, os.strerror(self.error))
             self.room_bytes -= len(data)
-        return self._pwrite(fd, data, offset)
+        return await self._write(writer, fd, data, offset)
 
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
     made = Writes()
-    monkeypatch.setattr(os, "pwrite", made.pwrite)
+    monkeypatch.setattr(Writer, "write", lambda writer, fd, data, offset: made.write(writer, fd, data, offset))
     return made
 
 

@@ -18,6 +18,10 @@ from stoker_storeagent.targets import DiskTarget, PoolTarget
 from stoker_storeagent.transfer import Transfer
 
 
+async def digest_of(chunk: memoryview) -> str:
+    return chunk_digest(chunk)
+
+
 class Rig:
     """Of one model, on one node. Its disk lives on when another rig is made with it."""
 
@@ -77,6 +81,7 @@ class Rig:
                 target,
                 shelving,
                 self.find,
+                digest_of,
                 missing=missing,
                 digests=dict(self.on_disk),
                 slots=self.slots,

@@ -3,6 +3,7 @@
 
 void bind_memory(nanobind::module_& module);
 void bind_reader(nanobind::module_& module);
+void bind_writer(nanobind::module_& module);
 void bind_cuda(nanobind::module_& module);
 
 NB_MODULE(_native, module) {
@@ -10,5 +11,6 @@ NB_MODULE(_native, module) {
     nanobind::set_leak_warnings(false);
     bind_memory(module);
     bind_reader(module);
+    bind_writer(module);
     bind_cuda(module);
 }

@@ -4,6 +4,7 @@ Every blocking call releases the GIL. Sizes are bytes. Functions of the operatin
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 CHUNK_BYTES: int  # 16 MiB
 ALIGN_BYTES: int  # 4096: of file offsets, sizes and memory of every read
@@ -205,6 +206,36 @@ class View:
 
     def privatise(self, offset: int, size: int) -> None:
         """Give these pages copies of this process's own (MADV_POPULATE_WRITE): they stay as they are whatever the pool does."""
+
+class Writer:
+    """Calls of the kernel in threads of its own. What is done is told by an eventfd and taken with `take_done`."""
+
+    def __init__(self, threads: int) -> None:
+        """Raises ValueError for a number of threads that is not within 1 to 64."""
+
+    def fileno(self) -> int:
+        """Readable while there is something to take."""
+
+    def write(self, fd: int, data: memoryview, offset: int) -> int:
+        """One pwrite; returns its ticket. The caller keeps `fd` and `data` until it is done.
+
+        Raises ValueError without data or with more than 1024 calls waiting, RuntimeError once closed.
+        """
+
+    def sync(self, fd: int) -> int:
+        """One fdatasync; as `write`."""
+
+    def open(self, path: Path, flags: int, mode: int) -> int:
+        """One open, with O_CLOEXEC; as `write`."""
+
+    def rename(self, source: Path, target: Path) -> int:
+        """One rename; as `write`."""
+
+    def take_done(self) -> list[tuple[int, int]]:
+        """(ticket, what the call returned or -errno) of what is done and was not taken."""
+
+    def close(self) -> None:
+        """Do what waits, then end the threads. Idempotent."""
 
 def io_uring_errno() -> int:
     """0 if this kernel gives us an io_uring, else why not."""

@@ -33,24 +33,6 @@ def require_digests(shard: Shard, param: str) -> None:
         raise InvalidRequest(f"{shown(shard.name)} cannot be verified: its digests are not known", param)
 
 
-class RunningDigest:
-    """The digest of one chunk while its bytes arrive, in order: what has just come is still in a cache of the processor."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-        self.size_bytes = 0
-
-    def upto(self, chunk: memoryview, size_bytes: int) -> None:
-        """The first size_bytes of `chunk` are there."""
-        if size_bytes > self.size_bytes:
-            self._hash.update(chunk[self.size_bytes : size_bytes])
-            self.size_bytes = size_bytes
-
-    def digest(self) -> str:
-        """As `chunk_digest` of what was there."""
-        return _PREFIX + self._hash.hexdigest()
-
-
 def digest_manifest(manifest: Manifest, directory: Path) -> Manifest:
     """The manifest with the digests of its files as they are now. Reads all of them: call it in a thread.
 

@@ -18,6 +18,7 @@ from stoker_core.unix import close
 from stoker_db.pg import PgDatabase
 from stoker_db.ports import Database, LoadObservation
 from stoker_storeagent.adapters.catalogue import DatabaseCatalogue
+from stoker_storeagent.adapters.digests import DigestThreads
 from stoker_storeagent.adapters.memory import PoolMemory
 from stoker_storeagent.adapters.pool import OpenPool, open_pool, pool_part
 from stoker_storeagent.adapters.ssd import SsdDirectory
@@ -111,6 +112,8 @@ async def assemble(
         sources = _sources(settings, limit_in, stack)
         disk = SsdDirectory(settings.ssd_path, ids, threads=settings.ssd_threads)
         stack.push_async_callback(asyncio.to_thread, disk.close)
+        digests = DigestThreads()
+        stack.push_async_callback(asyncio.to_thread, digests.close)
         known = Known(DatabaseCatalogue(database, sources), disk)
         peers = _peers(settings, bus, database, events, limit_in, clock)
         ssd = SsdTier(
@@ -119,6 +122,7 @@ async def assemble(
             OriginFinder(node, sources.of, peers, clock, jitter),
             events,
             clock,
+            digests.of,
             capacity_bytes=settings.ssd_capacity_bytes,
             fetches_at_once=settings.fetches_at_once,
             changed=held_changed,

@@ -7,7 +7,7 @@ import asyncio
 from stoker_checkpoint.plan import ALIGN_BYTES
 from stoker_storeagent.ports import Part
 
-PIECE_BYTES = 2 * 1024 * 1024
+PIECE_BYTES = 4 * 1024 * 1024
 """Written at once, or more if more has arrived by then."""
 PAUSE_S = 0.05
 """After so long less is written, too: what arrived before it is not fetched again after a crash."""

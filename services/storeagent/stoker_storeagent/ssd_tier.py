@@ -20,7 +20,7 @@ from stoker_storeagent.records import Checkpoint
 from stoker_storeagent.shelving import Shelving
 from stoker_storeagent.slots import Slots, Turn
 from stoker_storeagent.targets import DiskTarget
-from stoker_storeagent.transfer import Target, Transfer
+from stoker_storeagent.transfer import Digest, Target, Transfer
 
 log = get_logger("ssd")
 
@@ -40,6 +40,7 @@ class SsdTier:
         finder: OriginFinder,
         events: Events,
         clock: Clock,
+        digest: Digest,
         *,
         capacity_bytes: int,
         fetches_at_once: int,
@@ -47,7 +48,7 @@ class SsdTier:
     ) -> None:
         """capacity_bytes: 0 for a share of what is free or held already.  changed: told when what is held changes."""
         self.disk, self.known, self.finder = disk, known, finder
-        self._events, self._clock, self._changed = events, clock, changed
+        self._events, self._clock, self._digest, self._changed = events, clock, digest, changed
         self._at_once = fetches_at_once
         self._slots = Slots(fetches_at_once)
         self._copying: dict[str, asyncio.Task[StokerError | None]] = {}
@@ -127,6 +128,7 @@ class SsdTier:
             target,
             shelving,
             find,
+            self._digest,
             missing=missing,
             digests=digests,
             slots=self._slots,

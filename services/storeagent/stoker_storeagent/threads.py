@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 R = TypeVar("R")
 
@@ -19,6 +19,11 @@ async def in_thread(work: Callable[[], R], cancelled: threading.Event) -> R:
     Only then may the caller remove the files that the thread writes.
     """
     return await _awaited(asyncio.ensure_future(asyncio.to_thread(work)), cancelled.set)
+
+
+async def to_its_end(work: Coroutine[Any, Any, R]) -> R:
+    """Run `work` as a task of its own. On cancellation wait until it is done."""
+    return await _awaited(asyncio.ensure_future(work))
 
 
 class Threads:

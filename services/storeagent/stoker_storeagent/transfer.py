@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
-from stoker_checkpoint.digests import RunningDigest
 from stoker_contracts.models import Tier
 from stoker_core.errors import CorruptCheckpoint, StokerError, StorageFailed, TierFull
 from stoker_storeagent.copying import Copy
@@ -19,6 +18,9 @@ from stoker_storeagent.origins import Origin, Origins
 from stoker_storeagent.ports import Part
 from stoker_storeagent.records import Checkpoint
 from stoker_storeagent.slots import Slots, Turn
+
+Digest = Callable[[memoryview], Awaitable[str]]
+"""The digest of a chunk."""
 
 
 class Target(Protocol):
@@ -81,6 +83,7 @@ class Transfer:
         target: Target,
         shelving: Shelving,
         find_origins: Callable[[], Awaitable[Origins]],
+        digest: Digest,
         *,
         missing: Iterable[int],
         digests: dict[int, str],
@@ -90,7 +93,7 @@ class Transfer:
     ) -> None:
         """missing: what is to be fetched.  digests: of the others, which the target has by itself."""
         self._checkpoint, self._target, self._shelving = checkpoint, target, shelving
-        self._find_origins = find_origins
+        self._find_origins, self._digest = find_origins, digest
         self._origins: Origins | None = None
         self._missing = deque(missing)
         self.missing_bytes = sum(checkpoint.place(position)[2] for position in self._missing)
@@ -158,13 +161,10 @@ class Transfer:
             copy, done_bytes = await self._begun(copy)
             while True:
                 origin, said, mixed = None, "", False
-                running = RunningDigest()
-                running.upto(place, done_bytes)
                 if done_bytes < len(place):
-                    origin, said = await self._read(position, place, done_bytes, copy, running)
+                    origin, said = await self._read(position, place, done_bytes, copy)
                     mixed = origin is None
-                running.upto(place, len(place))
-                digest = running.digest()
+                digest = await self._digest(place)
                 wanted = expected or said
                 # Bytes that nothing vouches for have to be of one origin: one that broke off may have given wrong ones.
                 if digest == wanted or not (wanted or mixed):
@@ -209,7 +209,7 @@ class Transfer:
         return await self._copy(position, place)
 
     async def _read(
-        self, position: int, place: memoryview, done_bytes: int, copy: Copy | None, running: RunningDigest
+        self, position: int, place: memoryview, done_bytes: int, copy: Copy | None
     ) -> tuple[Origin | None, str]:
         # While a model's digests are not known only its own source's bytes may lie in a part, where the next who goes on
         # with it cannot tell whose they are.
@@ -220,7 +220,6 @@ class Transfer:
             nonlocal trusted
             trusted = trusted and (bound or origin.tier is Tier.REMOTE)
             self._partial[position] = size_bytes
-            running.upto(place, size_bytes)
             if copy is not None and trusted:
                 copy.arrived(size_bytes)
 

@@ -8,24 +8,27 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.services import eventually
-from tests.support.ssd_rig import FILES, SIZES, a_checkpoint, a_directory, content, opened, pool_memory, put
+from tests.support.ssd_rig import FILES, SIZES, a_checkpoint, a_directory, content, digest_of, opened, pool_memory, put
 
+from stoker_checkpoint import _native
 from stoker_checkpoint.digests import chunk_digest
 from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_checkpoint.writing import Writer
 from stoker_core.errors import RefusedCheckpoint, StokerError, StorageFailed, TierFull
 from stoker_storeagent.adapters import ssd_start
 from stoker_storeagent.adapters.ssd import SsdDirectory
 
 MODEL = "model-1"
-Write = Callable[[int, memoryview, int], int]
+Write = Callable[[Writer, int, memoryview, int], Awaitable[int]]
+Sync = Callable[[Writer, int], Awaitable[None]]
+Done = list[tuple[int, int]]
 
 
 @pytest.fixture
@@ -41,6 +44,47 @@ def parts(root: Path) -> list[str]:
 
 def is_direct(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def short(most: int, times: int, write: Write = Writer.write) -> Write:
+    """The first so many write so many bytes at most."""
+    cuts = iter(range(times))
+
+    async def cut(self: Writer, fd: int, data: memoryview, offset: int) -> int:
+        return await write(self, fd, data[:most] if next(cuts, None) is not None else data, offset)
+
+    return cut
+
+
+class SlowDisk:
+    """What native writers are asked is over for their callers when `go_on` is set. result: what it came to, if not what it did."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, result: int | None = None) -> None:
+        self.go_on = asyncio.Event()
+        self.asked = self.at_once_max = 0
+        self._at_once, self._result = 0, result
+        for name in ("open", "write", "sync", "rename"):
+            patch.setattr(_native.Writer, name, self._counted(getattr(_native.Writer, name)))
+        patch.setattr(_native.Writer, "take_done", self._held(_native.Writer.take_done))
+
+    def _counted(self, call: Callable[..., int]) -> Callable[..., int]:
+        def ask(writer: _native.Writer, *arguments: object) -> int:
+            self.asked += 1
+            self._at_once += 1
+            self.at_once_max = max(self.at_once_max, self._at_once)
+            return call(writer, *arguments)
+
+        return ask
+
+    def _held(self, take: Callable[[_native.Writer], Done]) -> Callable[[_native.Writer], Done]:
+        def take_done(writer: _native.Writer) -> Done:
+            if not self.go_on.is_set():
+                return []
+            done = take(writer)
+            self._at_once -= len(done)
+            return [(ticket, size if self._result is None else self._result) for ticket, size in done]
+
+        return take_done
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 5000, 8192, 2**20 + 17, CHUNK_BYTES])
@@ -64,12 +108,12 @@ async def test_what_is_aligned_goes_past_the_page_cache_and_the_tail_through_it(
 ) -> None:
     written: list[tuple[bool, int]] = []
 
-    def pwrite(descriptor: int, data: memoryview, offset: int, write: Write = os.pwrite) -> int:
-        size = write(descriptor, data, offset)
-        written.append((is_direct(descriptor), size))
+    async def watched(self: Writer, fd: int, data: memoryview, offset: int, write: Write = Writer.write) -> int:
+        size = await write(self, fd, data, offset)
+        written.append((is_direct(fd), size))
         return size
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(Writer, "write", watched)
     part = await ssd.part(MODEL, 0)
     try:
         os.close(os.open(ssd.root / "parts" / MODEL / "0", os.O_WRONLY | os.O_DIRECT))
@@ -111,11 +155,11 @@ async def test_a_discarded_part_is_gone(ssd: SsdDirectory) -> None:
     part.close()
 
 
-async def test_a_chunk_that_is_there_is_kept_and_the_part_dropped(ssd: SsdDirectory) -> None:
+async def test_a_chunk_that_is_there_stays_whole_for_who_reads_it_and_no_part_is_left(ssd: SsdDirectory) -> None:
     path = ssd.chunk(await put(ssd, MODEL, 1))
-    before = path.stat()
-    await put(ssd, MODEL, 1)
-    assert path.stat().st_ino == before.st_ino
+    with path.open("rb") as reading:
+        await put(ssd, MODEL, 1)
+        assert reading.read() == path.read_bytes() == content(SIZES[1], 1)
     assert parts(ssd.root) == ["BOOT"]
 
 
@@ -131,13 +175,14 @@ async def test_a_chunk_has_no_name_before_its_bytes_are_on_the_disk(
 ) -> None:
     names = []
 
-    def fdatasync(descriptor: int, sync: Callable[[int], None] = os.fdatasync) -> None:
+    async def watched(self: Writer, fd: int, sync: Sync = Writer.sync) -> None:
         names.extend((ssd.root / "chunks").rglob("*"))
-        assert os.fstat(descriptor).st_size == SIZES[1]
-        sync(descriptor)
+        assert os.fstat(fd).st_size == SIZES[1]
+        await sync(self, fd)
+        names.extend((ssd.root / "chunks").rglob("*"))
         names.append("synced")
 
-    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(Writer, "sync", watched)
     assert ssd.chunk(await put(ssd, MODEL, 1)).exists()
     assert names == ["synced"]
 
@@ -160,11 +205,11 @@ async def test_after_a_failed_write_a_part_has_what_it_had_and_can_go_on(
     part = await ssd.part(MODEL, 2)
     await part.write(pool_memory(data[:4096]))
 
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    async def refused(self: Writer, fd: int, data: memoryview, offset: int) -> int:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", pwrite)
+        patch.setattr(Writer, "write", refused)
         with pytest.raises(error):
             await part.write(pool_memory(data[4096:]))
     assert part.size_bytes == 4096
@@ -176,8 +221,7 @@ async def test_after_a_failed_write_a_part_has_what_it_had_and_can_go_on(
 @pytest.mark.parametrize("most", [1000, 4096, 4097])
 async def test_short_writes_are_gone_on_with(ssd: SsdDirectory, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     data = content(SIZES[2])
-    write = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: write(descriptor, data[:most], offset))
+    monkeypatch.setattr(Writer, "write", short(most, times=100))
     part = await ssd.part(MODEL, 2)
     await part.write(pool_memory(data))
     await part.finish(chunk_digest(data))
@@ -185,14 +229,17 @@ async def test_short_writes_are_gone_on_with(ssd: SsdDirectory, monkeypatch: pyt
 
 
 async def test_a_disk_that_takes_nothing_is_a_failure(ssd: SsdDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: 0)
+    async def nothing(self: Writer, fd: int, data: memoryview, offset: int) -> int:
+        return 0
+
+    monkeypatch.setattr(Writer, "write", nothing)
     part = await ssd.part(MODEL, 2)
     with pytest.raises(StorageFailed, match="nothing was written"):
         await part.write(pool_memory(content(4096)))
     part.close()
 
 
-@pytest.mark.parametrize("at", ["open", "pwrite"])
+@pytest.mark.parametrize("at", ["open", "write"])
 async def test_a_file_system_without_direct_writes_is_asked_once(
     ssd: SsdDirectory, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -202,18 +249,18 @@ async def test_a_file_system_without_direct_writes_is_asked_once(
         refused.append(at)
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def open_(path: Path, flags: int, mode: int = 0o777, opener: Callable[..., int] = os.open) -> int:
+    async def open_(self: Writer, path: Path, flags: int, opener: Callable[..., Awaitable[int]] = Writer.open) -> int:
         if at == "open" and flags & os.O_DIRECT:
             refuse()
-        return opener(path, flags, mode)
+        return await opener(self, path, flags)
 
-    def pwrite(descriptor: int, data: memoryview, offset: int, write: Write = os.pwrite) -> int:
-        if at == "pwrite" and is_direct(descriptor):
+    async def write_(self: Writer, fd: int, data: memoryview, offset: int, write: Write = Writer.write) -> int:
+        if at == "write" and is_direct(fd):
             refuse()
-        return write(descriptor, data, offset)
+        return await write(self, fd, data, offset)
 
-    monkeypatch.setattr(os, "open", open_)
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(Writer, "open", open_)
+    monkeypatch.setattr(Writer, "write", write_)
     for position in (0, 1, 2):
         assert ssd.chunk(await put(ssd, MODEL, position)).read_bytes() == content(SIZES[position], position)
     assert len(refused) == 1
@@ -223,13 +270,30 @@ async def test_a_file_system_without_direct_writes_is_asked_once(
 async def test_a_part_that_could_not_be_synced_is_not_trusted_again(
     ssd: SsdDirectory, monkeypatch: pytest.MonkeyPatch, number: int, error: type[StokerError]
 ) -> None:
-    def fdatasync(descriptor: int) -> None:
+    async def refused(self: Writer, fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", fdatasync)
+        patch.setattr(Writer, "sync", refused)
         with pytest.raises(error):
             await put(ssd, MODEL, 1)
+    assert parts(ssd.root) == ["BOOT"]
+    assert not list((ssd.root / "chunks").rglob("*"))
+
+
+async def test_nor_is_it_if_who_asked_was_cancelled_meanwhile(
+    ssd: SsdDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = await ssd.part(MODEL, 1)
+    await part.write(pool_memory(content(SIZES[1], 1)))
+    disk = SlowDisk(monkeypatch, result=-errno.EIO)
+    finishing = asyncio.create_task(part.finish(digest_of(1)))
+    await eventually(lambda: disk.asked == 1)
+    finishing.cancel()
+    disk.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await finishing
+    part.close()
     assert parts(ssd.root) == ["BOOT"]
     assert not list((ssd.root / "chunks").rglob("*"))
 
@@ -263,49 +327,33 @@ async def test_parts_that_nothing_can_come_of_are_removed(tmp_path: Path) -> Non
 
 
 async def test_a_cancelled_write_has_ended_when_it_returns(ssd: SsdDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def pwrite(descriptor: int, data: memoryview, offset: int, write: Write = os.pwrite) -> int:
-        begun.set()
-        assert go_on.wait(10)
-        return write(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
     part = await ssd.part(MODEL, 2)
+    await part.write(pool_memory(content(4096)))  # so that the file is there
+    disk = SlowDisk(monkeypatch)
     writing = asyncio.create_task(part.write(pool_memory(content(4096))))
-    await eventually(begun.is_set)
+    await eventually(lambda: disk.asked == 1)
     for _ in range(2):
         writing.cancel()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert not writing.done()
-    go_on.set()
+    disk.go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await writing
-    assert part.size_bytes == 4096
+    assert part.size_bytes == 8192
     part.close()
 
 
 async def test_no_more_threads_block_on_the_disk_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once: set[int] = set()
-    most = []
-    together = threading.Barrier(2)
-
-    def pwrite(descriptor: int, data: memoryview, offset: int, write: Write = os.pwrite) -> int:
-        at_once.add(descriptor)
-        together.wait(10)
-        most.append(len(at_once))
-        at_once.discard(descriptor)
-        return write(descriptor, data, offset)
-
     with a_directory(tmp_path, threads=2) as ssd:
         await ssd.open()
         opened_parts = [await ssd.part(MODEL, position) for position in range(6)]
-        monkeypatch.setattr(os, "pwrite", pwrite)
-        await asyncio.gather(*(part.write(pool_memory(content(4096))) for part in opened_parts))
-        assert max(most) <= 2
-        for part in opened_parts:
-            part.close()
+        disk = SlowDisk(monkeypatch)
+        disk.go_on.set()
+        await asyncio.gather(*(part.write(pool_memory(content(4096, n))) for n, part in enumerate(opened_parts)))
+        await asyncio.gather(*(part.finish(chunk_digest(content(4096, n))) for n, part in enumerate(opened_parts)))
+        assert disk.at_once_max == 2
+        assert disk.asked >= 6 * len(("open", "write", "sync", "rename"))
 
 
 PIECES = st.sampled_from([1, 100, 4095, 4096, 4097, 8192, 20_000])
@@ -317,15 +365,15 @@ STEPS = st.lists(st.tuples(PIECES, st.booleans(), st.booleans(), st.integers(1, 
 def test_any_sequence_of_writes_and_reopenings_gives_the_exact_bytes(
     steps: list[tuple[int, bool, bool, int]],
 ) -> None:
-    """Each step: bytes to write, whether from aligned memory, whether it is reopened after, how much one call takes."""
+    """Each step: bytes to write, whether from aligned memory, whether it is reopened after, how much its first calls take."""
     data = content(sum(size for size, *_ in steps))
 
     async def run(root: Path, patch: pytest.MonkeyPatch) -> None:
         async with opened(root) as ssd:
             part = await ssd.part(MODEL, 0)
-            done, write = 0, os.pwrite
+            done = 0
             for size, aligned, reopen, most in steps:
-                patch.setattr(os, "pwrite", lambda fd, data, offset, most=most: write(fd, data[:most], offset))
+                patch.setattr(Writer, "write", short(most, times=20))
                 piece = data[done : done + size]
                 await part.write(pool_memory(piece) if aligned else memoryview(b"x" + piece)[1:])
                 done += size

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
+from stoker_checkpoint.digests import chunk_digest
 from stoker_checkpoint.pool import Pool
 from stoker_core.errors import StokerError
 from stoker_core.runner import Part, every, run_parts
@@ -95,6 +96,7 @@ class Agent:
             OriginFinder(node.name, lambda _: self.source, self.peers, clock, jitter),
             self.events,
             clock,
+            _digest,
             capacity_bytes=node.shape.ssd_bytes,
             fetches_at_once=node.shape.fetches_at_once,
             changed=_nothing,
@@ -188,6 +190,10 @@ class Agent:
                 continue
             await asyncio.sleep(self._dice.delay_s(START_S))
             self.adoption.released(self.orphans.loaded(ended))
+
+
+async def _digest(chunk: memoryview) -> str:
+    return chunk_digest(chunk)
 
 
 def _nothing() -> None:

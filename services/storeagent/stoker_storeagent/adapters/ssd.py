@@ -31,6 +31,7 @@ from stoker_checkpoint.header import bare_header
 from stoker_checkpoint.leased import MANIFEST, encode_manifest
 from stoker_checkpoint.manifest import is_plain_name
 from stoker_checkpoint.plan import CHUNK_BYTES
+from stoker_checkpoint.writing import Writer
 from stoker_core.errors import RefusedCheckpoint
 from stoker_core.ids import Ids
 from stoker_core.logging import get_logger
@@ -60,13 +61,14 @@ class SsdDirectory:
 
     Raises TierFull where something is written, StorageFailed everywhere, and RefusedCheckpoint for an id, digest or file
     name that must not become a path.
-    threads: how many block on the disk at most; each has a buffer of 1 MiB while it checks a chunk.
+    threads: how many block on the disk at most, and as many write; each has a buffer of 1 MiB while it checks a chunk.
     """
 
     def __init__(self, root: Path, ids: Ids, *, threads: int) -> None:
         self.root = root
         self._layout = Layout(root, ids)
         self._threads = Threads(threads, "ssd")
+        self._writer = Writer(threads)
         self._direct = Direct()
 
     async def open(self) -> DiskContents:
@@ -80,6 +82,7 @@ class SsdDirectory:
 
     def close(self) -> None:
         """Wait for what the disk is doing; blocks. After the last call."""
+        self._writer.close()
         self._threads.close()
 
     async def free_bytes(self) -> int:
@@ -137,7 +140,7 @@ class SsdDirectory:
         await self._threads.run(work)
 
     async def part(self, model_id: str, position: int) -> SsdPart:
-        part = SsdPart(self._layout, self._threads, self._direct, model_id, position)
+        part = SsdPart(self._layout, self._threads, self._writer, self._direct, model_id, position)
         try:
             await part.open()
         except BaseException:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from stoker_core.errors import StorageFailed
+from stoker_storeagent.telling import Telling
 from stoker_storeagent.threads import Threads
 from stoker_storeagent.throttle import Throttle
 
@@ -69,23 +70,26 @@ def abort(connection: socket.socket) -> None:
 async def receive_into(
     connection: socket.socket, into: memoryview, on_bytes: Callable[[int], None], *, throttle: Throttle, stall_s: float
 ) -> None:
-    """Fill `into`. on_bytes: told after every piece how many bytes are there.
+    """Fill `into`. on_bytes: told now and then how many bytes are there.
 
     Raises ConnectionResetError if they end before, TimeoutError if none comes for stall_s.
     """
-    loop, done, allowed = asyncio.get_running_loop(), 0, 0
-    while done < len(into):
-        if done == allowed:
-            piece = min(PIECE_BYTES, len(into) - done)
-            await throttle.take(piece)
-            allowed += piece
+    loop, telling, done = asyncio.get_running_loop(), Telling(on_bytes), 0
+    try:
+        while done < len(into):
+            allowed = min(done + PIECE_BYTES, len(into))
+            await throttle.take(allowed - done)
             await asyncio.sleep(0)  # a fast peer never makes us wait, and others have their turn
-        async with asyncio.timeout(stall_s):
-            size = await loop.sock_recv_into(connection, into[done:allowed])
-        if not size:
-            raise ConnectionResetError(errno.ECONNRESET, f"it left after {done} of {len(into)} bytes")
-        done += size
-        on_bytes(done)
+            async with asyncio.timeout(stall_s) as stalled:
+                while done < allowed:
+                    size = await loop.sock_recv_into(connection, into[done:allowed])
+                    if not size:
+                        raise ConnectionResetError(errno.ECONNRESET, f"it left after {done} of {len(into)} bytes")
+                    done += size
+                    telling.came(done)
+                    stalled.reschedule(loop.time() + stall_s)
+    finally:
+        telling.end()
 
 
 class Sending:

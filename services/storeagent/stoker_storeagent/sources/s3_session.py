@@ -7,6 +7,7 @@ themselves: who asks knows how long it may take, and goes on where a read broke 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -22,12 +23,12 @@ from botocore import exceptions as boto
 from stoker_core.errors import CheckpointChanged, InvalidSettings, RefusedCheckpoint, SourceDenied, SourceUnavailable
 from stoker_storeagent.ports import OnBytes
 from stoker_storeagent.sources.s3 import S3Settings
+from stoker_storeagent.telling import Telling
 
 PAGES_MAX = 1000
 """Of a listing: a server may send pages that are empty, but not for ever."""
 CREDENTIALS_S = 15.0
 """The machine's own metadata service is asked last; where there is none, its time-outs take two seconds."""
-
 _DENIED = frozenset(
     {
         "AccessDenied",
@@ -89,6 +90,7 @@ class S3Session:
                     client = await closing.enter_async_context(session.client("s3", **_options(settings)))
         except ValueError as error:  # the client's word for a URL that is none; ours was checked
             raise InvalidSettings("AWS_ENDPOINT_URL, or the configuration of AWS, names no usable endpoint") from error
+        gc.freeze()  # what describes S3 is many objects, and stays: collections need not go through it
         return cls(client, settings, closing)
 
     async def close(self) -> None:
@@ -125,13 +127,17 @@ class S3Session:
                     answer = await self._client.get_object(**asked)
                 async with answer["Body"] as body:
                     _check(where, answer, version, offset, size)
-                    while done < size:  # each wait is bounded by the client's time-out, stall_s
-                        piece = await body.content.readany()
-                        if not piece or done + len(piece) > size:
-                            raise SourceUnavailable(where, f"it sends {done + len(piece)} bytes of {size}")
-                        into[done : done + len(piece)] = piece
-                        done += len(piece)
-                        on_bytes(done)
+                    telling = Telling(on_bytes)
+                    try:
+                        while done < size:  # each wait is bounded by the client's time-out, stall_s
+                            piece = await body.content.readany()
+                            if not piece or done + len(piece) > size:
+                                raise SourceUnavailable(where, f"it sends {done + len(piece)} bytes of {size}")
+                            into[done : done + len(piece)] = piece
+                            done += len(piece)
+                            telling.came(done)
+                    finally:
+                        telling.end()
 
 
 def _prepare() -> aioboto3.Session:
