@@ -53,6 +53,11 @@ class ModelOptions(Contract, frozen=True):
     keep_alive_s: float = 60.0  # idle time after which an instance stops
     queue_max: int = 64  # waiting requests per gateway
     wait_s: float = 60.0  # how long a request waits for an instance
+    tensor_parallel: int = 1  # devices of one node that an instance is split over
+    min_replicas: int = 0  # instances that stay without load
+    max_replicas: int = 1
+    target_concurrency: float = 0.0  # requests in hand per instance; 0: 0.7 of its slots
+    keep_alive_auto: bool = False  # learned from its idle times; keep_alive_s until enough of them were seen
 
 
 class ModelSpec(Contract, frozen=True):
@@ -73,19 +78,24 @@ class ModelSpec(Contract, frozen=True):
     keep_alive_s: float = 60.0
     queue_max: int = 64
     wait_s: float = 60.0
+    tensor_parallel: int = 1
+    min_replicas: int = 0
+    max_replicas: int = 1
+    target_concurrency: float = 0.0
+    keep_alive_auto: bool = False
 
     @property
     def gpu_bytes(self) -> int:
-        """GPU memory that an instance takes: weights, KV cache, and a tenth on top for activations."""
-        return int((self.weight_bytes + self.kv_cache_bytes) * 1.1)
+        """Memory that an instance takes of each of its GPUs: its part of weights and KV cache, and a tenth on top for activations."""
+        return _part(int((self.weight_bytes + self.kv_cache_bytes) * 1.1), self.tensor_parallel)
 
     @property
     def cpu_bytes(self) -> int:
-        """Memory that an instance needs of a CPU slot: vLLM repacks a second copy of the weights.
+        """Memory that an instance needs of each of its CPU slots: vLLM repacks a second copy of the weights.
 
         Source of the process's own share: measured, SmolLM2-135M under vLLM 0.32 (1.4 GB private in all).
         """
-        return 2 * self.weight_bytes + self.kv_cache_bytes + _CPU_PROCESS_BYTES
+        return _part(2 * self.weight_bytes + self.kv_cache_bytes, self.tensor_parallel) + _CPU_PROCESS_BYTES
 
     def bytes_on(self, device: Device) -> int:
         """What an instance takes of `device`; more than the device has if it cannot run there.
@@ -98,6 +108,11 @@ class ModelSpec(Contract, frozen=True):
 
 
 _CPU_PROCESS_BYTES = 640 * 1024 * 1024
+
+
+def _part(total_bytes: int, ranks: int) -> int:
+    """What each of `ranks` has of it, rounded up."""
+    return -(-total_bytes // max(1, ranks))
 
 
 class Device(Contract, frozen=True):

@@ -5,74 +5,65 @@ from __future__ import annotations
 from stoker_contracts.models import ModelSpec
 from stoker_policy.backoff import backoff_ms
 from stoker_policy.cluster import Cluster
-from stoker_policy.commands import Command, Reject, Start
-from stoker_policy.place import Room, coming, fit, make_room, rooms
+from stoker_policy.commands import Command, Decision, Prepare, Stop
+from stoker_policy.facts import View
+from stoker_policy.leave import STOP_S
+from stoker_policy.place import place
 from stoker_policy.prepare import prepare
-from stoker_policy.scale import stop, surplus
+from stoker_policy.reserve import Reserved
+from stoker_policy.scale import surplus
 
 
-def decide(cluster: Cluster) -> list[Command]:
-    """Commands for this state of the cluster; equal clusters, in whatever order, give equal commands.
+class Decided(View, frozen=True):
+    """stops: of what is no longer wanted.  placements: in the order of demand, of which later ones know the earlier."""
 
-    Starts and the stops that make room for them come in order of demand: the oldest wait first, ties by model id.
+    stops: tuple[Stop, ...]
+    placements: tuple[Decision, ...]
+    prepares: tuple[Prepare, ...]
+
+    @property
+    def commands(self) -> list[Command]:
+        """All of them, in the order in which they are meant."""
+        placed = [command for decision in self.placements for command in decision.commands]
+        return [*self.stops, *placed, *self.prepares]
+
+
+def decide(cluster: Cluster) -> Decided:
+    """What to do in this state of the cluster; equal facts, in whatever order they came, give equal decisions.
+
+    Placements come in order of demand: the oldest wait first, ties by model id; then those that only their load or their
+    options want.
     """
+    cluster.scaling.refresh(cluster.models, cluster.now_ms)
     stops = surplus(cluster)
-    commands: list[Command] = [*stops]
-    demanded = {d.model_id for d in cluster.demands if d.queued > 0}
-    where = rooms(cluster, leaving=(s.instance_id for s in stops), spared=demanded)
-    for model in wanting(cluster):
-        commands += _serve(model, cluster, where)
-    return [*commands, *prepare(cluster)]
+    reserved = Reserved()
+    for one in stops:
+        reserved.leaving[one.instance_id] = STOP_S
+    placements = []
+    for model, missing in wanting(cluster):
+        for _ in range(missing):
+            decision = place(cluster, model, reserved, cluster.demands)
+            placements.append(decision)
+            if not decision.commands:
+                break  # another one of it would find no more room
+    return Decided(stops=tuple(stops), placements=tuple(placements), prepares=tuple(prepare(cluster)))
 
 
-def wanting(cluster: Cluster) -> list[ModelSpec]:
-    """Demanded models without an instance, whose back-off is over; the longest wait first, ties by model id."""
-    models = {m.model_id: m for m in cluster.models}
-    gone = {n.name for n in cluster.nodes if n.silent or n.draining}
-    known = {n.name for n in cluster.nodes} - gone
-    served = {i.model_id for i in cluster.instances if i.live and not i.leaving and i.node in known}
-    held = {f.model_id for f in cluster.failures if f.since_ms < backoff_ms(f.in_row)}
-    ordered = sorted(cluster.demands, key=lambda d: (-d.oldest_wait_ms, d.model_id))
-    return [
-        models[d.model_id]
-        for d in ordered
-        if d.queued > 0 and d.model_id in models and d.model_id not in served and d.model_id not in held
-    ]
+def wanting(cluster: Cluster) -> list[tuple[ModelSpec, int]]:
+    """Models with fewer instances than they should have and how many they lack, but for those in back-off."""
+    counts = {model_id: replicas.count for model_id, replicas in cluster.scaling.counts().items()}
+    for model_id in cluster.demands:
+        counts[model_id] = max(1, counts.get(model_id, 0))
+    wants = []
+    for model_id, count in counts.items():
+        model = cluster.models.get(model_id)
+        missing = count - len(cluster.serving(model_id)) if model is not None else 0
+        if model is not None and missing > 0 and not _backs_off(cluster, model_id):
+            demanded = model_id in cluster.demands
+            wants.append(((not demanded, -cluster.wait_ms(model_id), model_id), model, missing))
+    return [(model, missing) for _, model, missing in sorted(wants, key=lambda want: want[0])]
 
 
-def _serve(model: ModelSpec, cluster: Cluster, where: list[Room]) -> list[Command]:
-    """A start, the stops that make room for one, a rejection, or nothing: wait."""
-    impossible = _impossible(model, cluster)
-    if impossible:
-        return [Reject(model_id=model.model_id, reason=impossible)]
-    room = fit(model, where)
-    if room is not None:
-        need_bytes, free_bytes = model.bytes_on(room.device), room.free_bytes
-        room.take(need_bytes)
-        reason = f"demand; takes {need_bytes} bytes, {free_bytes} were free"
-        return [Start(model_id=model.model_id, node=room.node.name, devices=(room.device.index,), reason=reason)]
-    # What is taken here is only claimed: a younger demand must neither use nor count on it.
-    room = coming(model, where)
-    if room is not None:
-        room.take(model.bytes_on(room.device))
-        return []
-    cleared = make_room(model, where)
-    if cleared is None:
-        return []
-    room, victims = cleared
-    for victim in victims:
-        room.leave(victim)
-    room.take(model.bytes_on(room.device))
-    return [stop(v, f"idle for {v.idle_ms} ms, makes room for {model.name}") for v in victims]
-
-
-def _impossible(model: ModelSpec, cluster: Cluster) -> str:
-    """Why no known device could ever take `model`, or ''. Nodes that are away may come back, so they count."""
-    devices = [device for node in cluster.nodes for device in node.devices]
-    if not devices or any(model.bytes_on(device) <= device.memory_bytes for device in devices):
-        return ""
-    largest = max(devices, key=lambda d: (d.memory_bytes, -model.bytes_on(d)))
-    return (
-        f"needs {model.bytes_on(largest)} bytes ({model.weight_bytes} of weights, {model.kv_cache_bytes} of KV cache, "
-        f"and what its engine takes beside them); the largest device has {largest.memory_bytes}"
-    )
+def _backs_off(cluster: Cluster, model_id: str) -> bool:
+    failure = cluster.failures.get(model_id)
+    return failure is not None and cluster.failed_ms(failure) < backoff_ms(failure.in_row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stoker_policy.cluster import View
+from stoker_policy.facts import View
 
 AGEING_S = 60.0
 """Within about this long after their last use, candidates count as equally recent."""

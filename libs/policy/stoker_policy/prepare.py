@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from stoker_contracts.models import EngineKind
 from stoker_policy.cluster import Cluster
 from stoker_policy.commands import Prepare
 
@@ -12,15 +11,15 @@ def prepare(cluster: Cluster) -> list[Prepare]:
 
     A node whose zygote still imports is left alone: both want the same cores, and nothing starts without the zygote.
     """
-    models = {
-        m.architecture: m.model_id
-        for m in sorted(cluster.models, key=lambda m: m.model_id, reverse=True)
-        if m.engine is EngineKind.VLLM
-    }
-    return [
-        Prepare(node=node.name, model_id=models[architecture], architecture=architecture)
-        for node in sorted(cluster.nodes, key=lambda n: n.name)
-        if node.usable and node.zygote_ready
-        for architecture in sorted(models)
-        if architecture not in node.prepared and architecture not in node.preparing
-    ]
+    known = cluster.architectures
+    commands: list[Prepare] = []
+    for name in sorted(known.unprepared):
+        view = cluster.sites[name].view
+        if view is None or not view.usable or not view.zygote_ready:
+            continue
+        commands += [
+            Prepare(node=name, model_id=known.first_model(architecture), architecture=architecture)
+            for architecture in known.all()
+            if architecture not in view.prepared and architecture not in view.preparing
+        ]
+    return commands

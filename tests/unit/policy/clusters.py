@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import strategies as st
 from tests.support.fake_worker import GIB, model_spec
 
 from stoker_contracts.models import Device, DeviceKind, EngineKind, InstanceState, ModelSpec
-from stoker_policy import Cluster, DemandView, FailureView, HeldView, InstanceView, NodeView
+from stoker_policy import (
+    Cluster,
+    Command,
+    DemandView,
+    FailureView,
+    HeldView,
+    InstanceView,
+    NodeView,
+)
+from stoker_policy import (
+    decide as decide_policy,
+)
 
 NEED_BYTES = model_spec("a").gpu_bytes  # 1.65 GiB: one fits a slot of 2 GiB, two fit one of 4 GiB
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a cluster is told. The order of the tuples means nothing."""
+
+    nodes: tuple[NodeView, ...] = ()
+    instances: tuple[InstanceView, ...] = ()
+    models: tuple[ModelSpec, ...] = ()
+    demands: tuple[DemandView, ...] = ()
+    failures: tuple[FailureView, ...] = ()
+    held: tuple[HeldView, ...] = ()
+
+    def cluster(self, *, migrates: bool = False) -> Cluster:
+        facts = {name: getattr(self, name) for name in self.__struct_fields__}
+        return Cluster(**facts, migrates=migrates)
+
+
+def decide(facts: Facts) -> list[Command]:
+    """The commands of a decision."""
+    return decide_policy(facts.cluster()).commands
 
 
 def node(name: str = "n1", slots: int = 1, memory_bytes: int = 2 * GIB, **fields: object) -> NodeView:
@@ -50,6 +82,7 @@ def models(draw: st.DrawFn) -> tuple[ModelSpec, ...]:
             architecture=draw(st.sampled_from(("LlamaForCausalLM", "QwenForCausalLM"))),
             engine=draw(st.sampled_from((EngineKind.VLLM, EngineKind.SIM))),
             keep_alive_s=draw(st.sampled_from((0.0, 1.0, 60.0))),
+            tensor_parallel=draw(st.sampled_from((1, 1, 1, 2))),
         )
         for model_id in chosen
     )
@@ -68,21 +101,20 @@ def nodes(draw: st.DrawFn) -> tuple[NodeView, ...]:
                     name="",
                     memory_bytes=draw(st.sampled_from((1, 2, 2, 3, 8))) * GIB,
                 )
-                for i in range(draw(st.integers(0, 2)))
+                for i in range(draw(st.integers(0, 3)))
             ),
             answered=draw(usually),
             silent=not draw(usually),
             draining=not draw(usually),
             zygote_ready=draw(usually),
             prepared=draw(st.sampled_from(((), ("LlamaForCausalLM",)))),
-            held=(HeldView(model_id=draw(st.sampled_from(_MODEL_IDS)), held_bytes=draw(st.integers(0, 2)) * GIB),),
         )
         for name in draw(st.lists(st.sampled_from(_NODES), unique=True))
     )
 
 
 @st.composite
-def crowded(draw: st.DrawFn) -> Cluster:
+def crowded(draw: st.DrawFn) -> Facts:
     """Every device is taken, and somebody wants what does not run: room has to be made."""
     homes = [(name, index) for name in _NODES[: draw(st.integers(1, 2))] for index in range(draw(st.integers(1, 2)))]
     names = {name for name, _ in homes}
@@ -100,7 +132,7 @@ def crowded(draw: st.DrawFn) -> Cluster:
         )
         for number, (name, index) in enumerate(homes * 2)
     )
-    return Cluster(
+    return Facts(
         nodes=tuple(node(name, slots=2, memory_bytes=2 * GIB) for name in sorted(names)),
         instances=instances,
         models=tuple(model_spec(m, kv_cache_bytes=draw(st.sampled_from((0, GIB // 2)))) for m in _MODEL_IDS),
@@ -112,9 +144,9 @@ def crowded(draw: st.DrawFn) -> Cluster:
 
 
 @st.composite
-def anything(draw: st.DrawFn) -> Cluster:
+def anything(draw: st.DrawFn) -> Facts:
     """Any cluster, consistent or not: devices may be over-committed already, instances on nodes that nobody knows."""
-    return Cluster(
+    return Facts(
         nodes=draw(nodes()),
         models=draw(models()),
         instances=tuple(
@@ -142,8 +174,17 @@ def anything(draw: st.DrawFn) -> Cluster:
             FailureView(model_id=model_id, in_row=draw(st.integers(1, 9)), since_ms=draw(st.integers(0, 70_000)))
             for model_id in draw(st.lists(st.sampled_from(_MODEL_IDS), unique=True, max_size=2))
         ),
+        held=tuple(
+            HeldView(
+                node=name,
+                model_id=draw(st.sampled_from(_MODEL_IDS)),
+                dram_bytes=draw(st.integers(0, 2)) * GIB,
+                ssd_bytes=draw(st.integers(0, 2)) * GIB,
+            )
+            for name in draw(st.lists(st.sampled_from(_NODES), unique=True))
+        ),
     )
 
 
-def clusters() -> st.SearchStrategy[Cluster]:
+def clusters() -> st.SearchStrategy[Facts]:
     return st.one_of(anything(), crowded())

@@ -8,15 +8,15 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from tests.unit.policy.clusters import clusters
+from tests.unit.policy.clusters import Facts, clusters, decide
 
 from stoker_contracts.models import Device, DeviceKind, EngineKind, InstanceState
-from stoker_policy import Cluster, InstanceView, Prepare, Reject, Start, Stop, decide
+from stoker_policy import InstanceView, Prepare, Reject, Start, Stop
 
 many = settings(max_examples=100, deadline=None)
 
 
-def _used_bytes(cluster: Cluster, node: str, device: Device) -> int:
+def _used_bytes(cluster: Facts, node: str, device: Device) -> int:
     return sum(
         device.memory_bytes if i.gpu_bytes is None or device.kind is DeviceKind.CPU else i.gpu_bytes
         for i in cluster.instances
@@ -26,7 +26,7 @@ def _used_bytes(cluster: Cluster, node: str, device: Device) -> int:
 
 @many
 @given(clusters())
-def test_starts_never_over_commit_a_device(cluster: Cluster) -> None:
+def test_starts_never_over_commit_a_device(cluster: Facts) -> None:
     models = {m.model_id: m for m in cluster.models}
     devices = {(n.name, d.index): d for n in cluster.nodes for d in n.devices}
     added: Counter[tuple[str, int]] = Counter()
@@ -41,7 +41,7 @@ def test_starts_never_over_commit_a_device(cluster: Cluster) -> None:
 
 @many
 @given(clusters())
-def test_commands_go_only_to_nodes_that_answered_speak_and_do_not_drain(cluster: Cluster) -> None:
+def test_commands_go_only_to_nodes_that_answered_speak_and_do_not_drain(cluster: Facts) -> None:
     nodes = {n.name: n for n in cluster.nodes}
     engines = {m.model_id: m.engine for m in cluster.models}
     homes = {i.instance_id: i.node for i in cluster.instances}
@@ -60,7 +60,7 @@ def test_commands_go_only_to_nodes_that_answered_speak_and_do_not_drain(cluster:
 
 @many
 @given(clusters())
-def test_no_busy_instance_is_stopped_that_was_not_asked_before(cluster: Cluster) -> None:
+def test_no_busy_instance_is_stopped_that_was_not_asked_before(cluster: Facts) -> None:
     views = {i.instance_id: i for i in cluster.instances}
     for command in decide(cluster):
         if isinstance(command, Stop):
@@ -71,18 +71,18 @@ def test_no_busy_instance_is_stopped_that_was_not_asked_before(cluster: Cluster)
 
 @many
 @given(clusters(), st.randoms(use_true_random=False))
-def test_the_order_of_the_facts_means_nothing(cluster: Cluster, chance: random.Random) -> None:
+def test_the_order_of_the_facts_means_nothing(cluster: Facts, chance: random.Random) -> None:
     def shuffled(items: tuple[object, ...]) -> tuple[object, ...]:
         return tuple(chance.sample(items, len(items)))
 
-    fields = ("nodes", "instances", "models", "demands", "failures")
+    fields = ("nodes", "instances", "models", "demands", "failures", "held")
     other = replace(cluster, **{name: shuffled(getattr(cluster, name)) for name in fields})
     assert decide(other) == decide(cluster) == decide(cluster)
 
 
 @many
 @given(clusters())
-def test_each_model_is_started_or_rejected_once_at_most_and_only_on_demand(cluster: Cluster) -> None:
+def test_each_model_is_started_or_rejected_once_at_most_and_only_on_demand(cluster: Facts) -> None:
     answers = Counter(c.model_id for c in decide(cluster) if isinstance(c, Start | Reject))
     assert set(answers.values()) <= {1}
     assert set(answers) <= {d.model_id for d in cluster.demands if d.queued > 0}
@@ -90,14 +90,14 @@ def test_each_model_is_started_or_rejected_once_at_most_and_only_on_demand(clust
 
 @many
 @given(clusters())
-def test_no_instance_is_stopped_twice_in_one_decision(cluster: Cluster) -> None:
+def test_no_instance_is_stopped_twice_in_one_decision(cluster: Facts) -> None:
     stops = Counter(c.instance_id for c in decide(cluster) if isinstance(c, Stop))
     assert set(stops.values()) <= {1}
 
 
 @many
 @given(clusters())
-def test_a_model_that_is_served_by_a_node_in_use_is_not_started_again(cluster: Cluster) -> None:
+def test_a_model_that_is_served_by_a_node_in_use_is_not_started_again(cluster: Facts) -> None:
     in_use = {n.name for n in cluster.nodes if not n.silent and not n.draining}
     served = {
         i.model_id
@@ -109,7 +109,7 @@ def test_a_model_that_is_served_by_a_node_in_use_is_not_started_again(cluster: C
 
 @many
 @given(clusters())
-def test_once_its_commands_are_carried_out_a_decision_orders_nothing_that_it_ordered_before(cluster: Cluster) -> None:
+def test_once_its_commands_are_carried_out_a_decision_orders_nothing_that_it_ordered_before(cluster: Facts) -> None:
     """Carried out at once: starts are reserved, stops are asked. Then the same facts must bring no repeat."""
     commands = decide(cluster)
     needs = {m.model_id: m.gpu_bytes for m in cluster.models}
