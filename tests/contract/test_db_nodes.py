@@ -4,8 +4,8 @@ import pytest
 from tests.support.databases import DatabaseKind
 
 from stoker_contracts.models import Device, DeviceKind
-from stoker_core.errors import NodeTaken
-from stoker_db.ports import Database, NodeRow
+from stoker_core.errors import NodeTaken, StaleTerm
+from stoker_db.ports import Database, DrainRow, NodeRow
 
 CPU = Device(index=0, kind=DeviceKind.CPU, name="cpu slot", memory_bytes=8 << 30)
 GPU = Device(index=1, kind=DeviceKind.CUDA, name="H200", memory_bytes=139 << 30)
@@ -97,3 +97,32 @@ async def test_an_old_boot_that_leaves_does_not_take_the_present_one_with_it(dat
     await database.nodes.register(NodeRow(name="a", boot_id="boot-2"), replaces="boot-1")
     await database.nodes.leave("a", "boot-1")
     assert await database.nodes.get("a") == NodeRow(name="a", boot_id="boot-2")
+
+
+async def test_a_drained_node_stays_so_while_it_leaves_and_comes_back_until_it_is_undone(database: Database) -> None:
+    await database.nodes.register(NodeRow(name="a", boot_id="boot-1"), replaces=None)
+    await database.nodes.drain(DrainRow(node="b", term=0))
+    await database.nodes.drain(DrainRow(node="a", term=0))
+    await database.nodes.leave("a", "boot-1")
+    await database.nodes.register(NodeRow(name="a", boot_id="boot-2"), replaces=None)
+    assert await database.nodes.drains() == [DrainRow(node="a", term=0), DrainRow(node="b", term=0)]
+    await database.nodes.drain(DrainRow(node="a", term=0, drained=True))
+    assert [row.drained for row in await database.nodes.drains()] == [True, False]
+    assert await database.nodes.undrain("a", term=0)
+    assert not await database.nodes.undrain("a", term=0)
+    assert [row.node for row in await database.nodes.drains()] == ["b"]
+
+
+async def test_a_superseded_leader_drains_nothing_and_undoes_nothing(database: Database) -> None:
+    leader, successor = database.leadership(), database.leadership()
+    assert await leader.acquire("first") == 1
+    await database.nodes.drain(DrainRow(node="a", term=1))
+    await leader.release()
+    assert await successor.acquire("second") == 2
+    with pytest.raises(StaleTerm) as caught:
+        await database.nodes.drain(DrainRow(node="b", term=1))
+    assert (caught.value.term, caught.value.highest) == (1, 2)
+    with pytest.raises(StaleTerm):
+        await database.nodes.undrain("a", term=1)
+    assert await database.nodes.drains() == [DrainRow(node="a", term=1)]
+    await successor.release()

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from tests.support.databases import a_model, an_instance, execute
+from tests.support.databases import a_decision, a_model, an_instance, execute
 from tests.support.postgres_server import RestartableServer
 
 from stoker_contracts.control import TierStatus
+from stoker_contracts.decisions import Outcome
 from stoker_contracts.models import InstanceState, Tier
 from stoker_core.errors import DatabaseUnavailable, InvalidSettings, LeadershipLost
 from stoker_db.memory import MemoryDatabase
 from stoker_db.pg import PgDatabase
-from stoker_db.ports import Database, LoadObservation, ModelFile, NodeRow, Placement
+from stoker_db.ports import Database, DrainRow, LoadObservation, ModelFile, NodeRow, Placement
 
 Call = Callable[[Database], Awaitable[object]]
 
@@ -44,6 +45,15 @@ CALLS: dict[str, Call] = {
     "instances.live": lambda d: d.instances.live(),
     "instances.recent": lambda d: d.instances.recent(),
     "instances.prune": lambda d: d.instances.prune(keep_s=1),
+    "nodes.drain": lambda d: d.nodes.drain(DrainRow(node="a", term=99)),
+    "nodes.undrain": lambda d: d.nodes.undrain("a", term=99),
+    "nodes.drains": lambda d: d.nodes.drains(),
+    "decisions.add": lambda d: d.decisions.add(a_decision()),
+    "decisions.conclude": lambda d: d.decisions.conclude("instance-1", Outcome(load_s=1, engine_s=1, total_s=2)),
+    "decisions.of_model": lambda d: d.decisions.of_model("model-tiny"),
+    "decisions.of_instance": lambda d: d.decisions.of_instance("instance-1"),
+    "decisions.concluded": lambda d: d.decisions.concluded(),
+    "decisions.prune": lambda d: d.decisions.prune(keep_s=1),
     "tiers.place": lambda d: d.tiers.place(Placement(model_id="m", node="a", tier=Tier.SSD, held_bytes=1)),
     "tiers.placements": lambda d: d.tiers.placements(),
     "tiers.sample": lambda d: d.tiers.sample("a", [TierStatus(tier=Tier.SSD, capacity_bytes=1, used_bytes=0)]),

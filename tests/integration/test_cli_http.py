@@ -19,22 +19,37 @@ MODEL = {
     "weight_bytes": 1000, "max_model_len": 128, "kv_cache_bytes": 1024, "slots": 2, "engine": "vllm",
     "keep_alive_s": 60.0, "instances": [], "tiers": [],
 }  # fmt: skip
+DECISION = {
+    "decision_id": "d-1", "term": 2, "model_id": "model-1", "model": "toy", "instance_id": "i-1", "weighed": 9,
+    "reason": "the quickest", "chosen": 0, "made_at": "2026-11-21T01:49:27Z", "error": 0.2, "load_error": 0.5,
+    "options": [
+        {"node": "n1", "devices": [0], "source": "ssd", "origin": "", "how": "free",
+         "startup": {"queue_s": 0.0, "room_s": 0.0, "load_s": 1.0, "engine_s": 1.0, "total_s": 2.0, "spread": 0.1,
+                     "stages": [{"name": "ssd", "size_bytes": 7, "seconds": 1.0}]}},
+        {"node": "n2", "devices": [0, 1], "source": "peer", "origin": "n1", "how": "stop",
+         "startup": {"queue_s": 3.0, "room_s": 1.0, "load_s": 120.0, "engine_s": 14.0, "total_s": 137.0}}],
+    "outcome": {"queue_s": 0.5, "load_s": 1.0, "engine_s": 1.0, "total_s": 2.5, "source": "ssd", "origin": "",
+                "failure": ""},
+}  # fmt: skip
 
 
 @dataclass
 class StandIn:
-    """Answers with what a test puts in, and keeps what was asked."""
+    """Answers with what a test puts in, and keeps what was asked. answers: one after another, before `answer`."""
 
     url: str = ""
     status: int = 200
     answer: Any = None
+    answers: list[Any] = field(default_factory=list)
+    statuses: dict[str, int] = field(default_factory=dict)  # of paths, where they differ from `status`
     stream: list[str] = field(default_factory=list)
     asked: list[tuple[str, str, Any]] = field(default_factory=list)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.method, request.raw_path, await request.json() if request.can_read_body else None))
         if not self.stream:
-            return web.json_response(self.answer, status=self.status)
+            answer = self.answers.pop(0) if self.answers else self.answer
+            return web.json_response(answer, status=self.statuses.get(request.raw_path, self.status))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for chunk in self.stream:
@@ -210,7 +225,7 @@ async def test_wrong_usage_exits_2(tmp_path: Path) -> None:
 
 
 async def test_every_command_has_an_example_in_its_help(tmp_path: Path) -> None:
-    for command in ("up", "deploy", "models", "ps", "nodes", "rm", "chat", "events", "doctor"):
+    for command in ("up", "deploy", "models", "ps", "nodes", "drain", "why", "rm", "chat", "events", "doctor"):
         ended = await stoker(command, "--help", home=tmp_path)
         assert ended.code == 0
         assert f"stoker {command}" in ended.out.split("\n", 2)[2]
@@ -221,3 +236,60 @@ async def test_help_loads_no_heavy_library() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     assert out == b"[]\n"
+
+
+LEFT = {"node": "n1", "draining": True, "drained": False, "live": True,
+        "instances": [{"instance_id": "i-1", "running": 2}, {"instance_id": "i-2"}]}  # fmt: skip
+
+
+async def test_a_drain_says_what_is_left_until_nothing_is(gateway: StandIn, tmp_path: Path) -> None:
+    one = {**LEFT, "instances": LEFT["instances"][1:]}
+    gateway.answers = [LEFT, LEFT, one, {**LEFT, "instances": [], "drained": True}]
+    ended = await stoker("drain", "n1", "--url", gateway.url, home=tmp_path)
+    assert ended.code == 0
+    assert ended.out.splitlines() == [
+        "n1: 2 instances left, 1 of them busy",
+        "n1: 1 instance left",
+        "n1: nothing is left there",
+    ]
+    assert [method for method, _, _ in gateway.asked] == ["POST", "GET", "GET", "GET"]
+    assert {path for _, path, _ in gateway.asked} == {"/admin/v1/nodes/n1/drain"}
+
+
+async def test_a_drain_need_not_be_waited_for_and_can_be_undone(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answer = LEFT
+    ended = await stoker("drain", "n1", "--no-wait", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.out) == (0, "n1: 2 instances left, 1 of them busy\n")
+    ended = await stoker("drain", "n1", "--undo", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.out) == (0, "n1 may be used again\n")
+    assert gateway.asked[-1][:2] == ("DELETE", "/admin/v1/nodes/n1/drain")
+
+
+async def test_a_drain_that_somebody_undoes_is_an_error(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.answers = [LEFT, {**LEFT, "draining": False}]
+    ended = await stoker("drain", "n1", "--url", gateway.url, home=tmp_path)
+    assert ended.code == 1
+    assert "somebody undid it" in ended.err
+
+
+async def test_why_asks_for_a_model_and_then_for_an_instance(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.statuses = {"/admin/v1/models/i-1/decisions?limit=3": 404}
+    gateway.answers = [{"error": {"message": "no", "code": "model_not_found"}}, {"decisions": [DECISION]}]
+    ended = await stoker("why", "i-1", "--url", gateway.url, home=tmp_path)
+    assert ended.code == 0
+    assert "started i-1" in ended.out
+    assert "off by 20%" in ended.out
+    assert [path for _, path, _ in gateway.asked] == [
+        "/admin/v1/models/i-1/decisions?limit=3",
+        "/admin/v1/instances/i-1/decisions",
+    ]
+    gateway.answers = [{"decisions": [DECISION]}]
+    ended = await stoker("why", "toy", "--last", "1", "--json", "--url", gateway.url, home=tmp_path)
+    assert json.loads(ended.out) == {"decisions": [DECISION]}
+
+
+async def test_why_of_what_is_neither_model_nor_instance_is_an_error(gateway: StandIn, tmp_path: Path) -> None:
+    gateway.status, gateway.answer = 404, {"error": {"message": "no", "code": "instance_not_found"}}
+    ended = await stoker("why", "nope", "--url", gateway.url, home=tmp_path)
+    assert (ended.code, ended.out) == (1, "")
+    assert "no model 'nope'" in ended.err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.support.databases import a_decision
 from tests.support.fake_instance import model_spec
 from tests.support.gateway_rig import Rig, gateway_rig, tokenizer_files, tokens_of
 
@@ -22,10 +24,12 @@ from stoker_contracts.control import (
     RegisterModel,
     StoreStatus,
     TierStatus,
+    WantDrain,
     WantPrefetch,
 )
+from stoker_contracts.decisions import Outcome
 from stoker_contracts.models import EngineKind, InstanceState, Tier
-from stoker_db.ports import InstanceRow, NodeRow, Placement
+from stoker_db.ports import DrainRow, InstanceRow, NodeRow, Placement
 
 
 @pytest.fixture
@@ -297,3 +301,86 @@ async def _until_nodes(rig: Rig, count: int) -> None:
         if sum(node["store_live"] for node in nodes) == count:
             return
     raise AssertionError(f"{count} storage agents were not heard")
+
+
+async def scheduler_says(rig: Rig, reply: CommandReply) -> list[WantDrain]:
+    """A leader that answers requests to drain; it stores nothing."""
+    asked: list[WantDrain] = []
+
+    async def on_want(message: Message) -> None:
+        asked.append(decode(WantDrain, message.data))
+        await answer(rig.bus, message, reply)
+
+    await rig.bus.subscribe(subjects.SCHEDULER_DRAIN, on_want)
+    return asked
+
+
+async def test_a_drain_is_handed_to_the_leader_and_its_progress_told(rig: Rig) -> None:
+    asked = await scheduler_says(rig, Done())
+    await rig.node.add("i1", rig.spec, state=InstanceState.READY)
+    await rig.node.add("i2", rig.spec, state=InstanceState.FAILED)
+    async with asyncio.timeout(10):
+        while len((await (await rig.http.get("/admin/v1/instances")).json())["instances"]) < 2:
+            await asyncio.sleep(0.02)
+    await rig.database.nodes.drain(DrainRow(node="node-a", term=0))
+    status, body, _ = await rig.post("/admin/v1/nodes/node-a/drain", b"")
+    expected = {
+        "node": "node-a",
+        "draining": True,
+        "drained": False,
+        "live": True,
+        "instances": [{"instance_id": "i1", "model": "tiny", "state": "ready", "running": 0}],
+    }
+    assert (status, body) == (202, expected)
+    await rig.database.nodes.undrain("node-a", term=0)
+    response = await rig.http.delete("/admin/v1/nodes/node-a/drain")
+    assert (response.status, (await response.json())["draining"]) == (202, False)
+    assert asked == [WantDrain(node="node-a"), WantDrain(node="node-a", undo=True)]
+    progress = await (await rig.http.get("/admin/v1/nodes/node-z/drain")).json()
+    assert (progress["draining"], progress["live"], progress["instances"]) == (False, False, [])
+
+
+async def test_a_drain_that_the_leader_refuses_says_why(rig: Rig) -> None:
+    assert (await rig.post("/admin/v1/nodes/a.b/drain", b""))[0] == 400
+    status, body, _ = await rig.post("/admin/v1/nodes/node-a/drain", b"")
+    assert (status, body["error"]["code"]) == (503, "no_responders")  # type: ignore[index]
+    await scheduler_says(rig, Failed(code="no_node", message="no node is called 'node-a'"))
+    status, body, _ = await rig.post("/admin/v1/nodes/node-a/drain", b"")
+    assert (status, body["error"]["code"]) == (503, "no_node")  # type: ignore[index]
+
+
+async def test_decisions_are_told_by_model_and_by_instance_with_how_far_they_were_off(rig: Rig) -> None:
+    for number in range(3):
+        record = a_decision(f"d{number}", model_id=rig.spec.model_id, instance_id=f"i{number}")
+        await rig.database.decisions.add(record)
+    await rig.database.decisions.conclude("i1", Outcome(queue_s=0.0, load_s=1.0, engine_s=1.5, total_s=2.5))
+    body = await (await rig.http.get("/admin/v1/models/tiny/decisions?limit=2")).json()
+    newest, older = body["decisions"]
+    assert [d["decision_id"] for d in (newest, older)] == ["d2", "d1"]
+    assert (newest["outcome"], newest["error"], newest["load_error"]) == (None, None, None)
+    assert older["model"] == "tiny"
+    assert older["options"][0]["startup"]["queue_s"] == 0.25
+    assert older["options"][0]["startup"]["room_s"] == 0.0
+    assert older["error"] == pytest.approx(0.5 / 2.5)
+    assert older["load_error"] == pytest.approx(0.25)
+    body = await (await rig.http.get("/admin/v1/instances/i1/decisions")).json()
+    assert body["decisions"] == [older]
+    metrics = await (await rig.http.get("/metrics")).text()
+    assert 'stoker_start_prediction_error_ratio{part="total",quantile="0.5"} 0.2' in metrics
+    assert 'stoker_start_prediction_error_ratio{part="load",quantile="0.9"} 0.25' in metrics
+    assert "stoker_start_predictions 1.0" in metrics
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("models/absent/decisions", 404, "model_not_found"),
+        ("instances/absent/decisions", 404, "instance_not_found"),
+        ("models/tiny/decisions?limit=0", 400, "invalid_request"),
+        ("models/tiny/decisions?limit=x", 400, "invalid_request"),
+        ("models/tiny/decisions?limit=99999999999", 400, "invalid_request"),
+    ],
+)
+async def test_decisions_that_are_not_there_are_refused_by_name(rig: Rig, path: str, status: int, code: str) -> None:
+    response = await rig.http.get(f"/admin/v1/{path}")
+    assert (response.status, (await response.json())["error"]["code"]) == (status, code)

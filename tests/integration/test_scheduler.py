@@ -15,10 +15,10 @@ from tests.support.fake_worker import FakeWorker, cpu_slots, model_spec
 from tests.support.nats_server import NatsServer
 
 from stoker_bus.nats import NatsBus
-from stoker_bus.port import send
+from stoker_bus.port import ask, send
 from stoker_contracts import subjects
 from stoker_contracts.codec import decode
-from stoker_contracts.control import Demand
+from stoker_contracts.control import CommandReply, Demand, Done, WantDrain
 from stoker_contracts.events import CloudEvent
 from stoker_contracts.models import InstanceState
 from stoker_core.clock import SystemClock
@@ -257,3 +257,48 @@ async def _cut_the_lock(postgres_url: str) -> None:
         assert len(cut) == 1
     finally:
         await connection.close()
+
+
+async def test_a_drain_outlives_its_leader_and_every_start_is_told_beside_what_was_predicted(
+    settings: SchedulerSettings, database: PgDatabase, bus: NatsBus
+) -> None:
+    await database.models.add(model_spec("a", weight_bytes=1 << 20), [])
+
+    async def drain(node: str, *, undo: bool = False) -> None:
+        reply: CommandReply = await ask(
+            bus, subjects.SCHEDULER_DRAIN, WantDrain(node=node, undo=undo), CommandReply, timeout_s=5
+        )
+        assert isinstance(reply, Done)
+
+    async def drained() -> bool:
+        return [row.drained for row in await database.nodes.drains()] == [True]
+
+    async def concluded() -> bool:
+        return len(await database.decisions.concluded()) == 2
+
+    async with FakeWorker(bus, "n1") as first, FakeWorker(bus, "n2") as second:
+        async with scheduler(settings):
+            await answered(first)
+            await answered(second)
+            await want(bus, "a")
+            [row] = await rows_are(database, (READY, READY))
+            await want(bus, "a", queued=0)
+            await drain(row.node)
+            await until(drained)
+            await rows_are(database, (STOPPED, STOPPED))
+        async with scheduler(settings):
+            await answered(first, 2)
+            await answered(second, 2)
+            await want(bus, "a")
+            other, _ = await rows_are(database, (READY, READY), (STOPPED, STOPPED))
+            assert {row.node, other.node} == {"n1", "n2"}
+            await until(concluded)
+            await drain(row.node, undo=True)
+            assert await database.nodes.drains() == []
+    newest, oldest = await database.decisions.of_model("a")
+    assert [(r.term, r.instance_id) for r in (newest, oldest)] == [(2, other.instance_id), (1, row.instance_id)]
+    for record in (newest, oldest):
+        assert record.option is not None
+        assert record.outcome is not None
+        assert (record.outcome.failure, record.outcome.engine_s) == ("", 0.08)
+        assert record.error is not None

@@ -8,7 +8,8 @@ from typing import Protocol
 import asyncpg
 import pytest
 
-from stoker_contracts.models import EngineKind, InstanceState, ModelSpec
+from stoker_contracts.decisions import DecisionRecord, OptionRecord, StagePrediction, StartupPrediction
+from stoker_contracts.models import EngineKind, InstanceState, ModelSpec, Tier
 from stoker_core.clock import ManualClock
 from stoker_db.memory import MemoryDatabase, MemoryLeadership
 from stoker_db.pg import PgDatabase
@@ -22,7 +23,7 @@ class DatabaseKind(Protocol):
     other: Database
 
     async def age(self, seconds: float) -> None:
-        """Make the samples, observations and instances there are that much older."""
+        """Make the samples, observations, instances and decisions there are that much older."""
         ...
 
     async def cut(self, leadership: Leadership) -> None:
@@ -57,6 +58,7 @@ class PostgresKind:
             "link_metrics": "sampled_at",
             "load_observations": "observed_at",
             "instances": "created_at",
+            "decisions": "made_at",
         }
         for table, column in stamps.items():
             await execute(self._url, f"UPDATE {table} SET {column} = {column} - interval '{seconds} seconds'")
@@ -136,4 +138,38 @@ def an_instance(
         actual=actual,
         term=term,
         reason=reason,
+    )
+
+
+def an_option(node: str = "node-a", *, load_s: float = 0.5) -> OptionRecord:
+    return OptionRecord(
+        node=node,
+        devices=(0, 1),
+        source=Tier.PEER,
+        origin="node-b",
+        how="free",
+        startup=StartupPrediction(
+            queue_s=0.25,
+            room_s=0.0,
+            load_s=load_s,
+            engine_s=1.25,
+            total_s=1.5 + load_s,
+            spread=0.1,
+            stages=(StagePrediction(name="peer:node-b", size_bytes=269_000_000, seconds=load_s),),
+        ),
+    )
+
+
+def a_decision(
+    decision_id: str = "decision-1", *, model_id: str = "model-tiny", instance_id: str = "instance-1"
+) -> DecisionRecord:
+    return DecisionRecord(
+        decision_id=decision_id,
+        term=3,
+        model_id=model_id,
+        instance_id=instance_id,
+        options=(an_option(), an_option("node-c", load_s=4.0)),
+        weighed=12,
+        reason="the least startup time",
+        chosen=0,
     )

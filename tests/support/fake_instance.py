@@ -253,6 +253,7 @@ class FakeNode:
         self.clock: Clock = clock or SystemClock()
         self.instances: dict[str, FakeInstance] = {}
         self.silent = False  # reports nothing
+        self.draining = False
         self._seq = 0
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
@@ -305,6 +306,7 @@ class FakeNode:
             devices=(Device(index=0, kind=DeviceKind.CPU, name="slot 0", memory_bytes=1 << 30),),
             instances=tuple(instance.status() for instance in self.instances.values()),
             zygote_ready=True,
+            draining=self.draining,
         )
         with contextlib.suppress(Disconnected):  # a real one repeats itself too
             await send(self.bus, subjects.status_worker(self.name), status)

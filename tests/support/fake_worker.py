@@ -3,7 +3,7 @@
     async with FakeWorker(bus, "n1", clock=clock) as worker:
         worker.refuse_start = Failed(code="device_busy", message="full", retryable=True)
 
-What it is told is kept in `starts`, `stops` and `prepares`; how it behaves is set by its attributes.
+What it is told is kept in `starts`, `stops`, `prepares` and `drains`; how it behaves is set by its attributes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stoker_contracts.control import (
     STATUS_INTERVAL_S,
     AnnounceTerm,
     Done,
+    DrainNode,
     Failed,
     InstanceStatus,
     PrepareModel,
@@ -67,6 +68,7 @@ class FakeInstance:
     running: int = 0
     failure: str = ""
     phases: StartPhases = field(default_factory=StartPhases)
+    ordered_s: float | None = None  # when its start command came
 
 
 class FakeWorker:
@@ -92,12 +94,14 @@ class FakeWorker:
         self.deaf = False  # hears commands and answers none
         self.zygote_ready = True
         self.draining = False
+        self.leaving = False
         self.prepared: tuple[str, ...] = ("LlamaForCausalLM",)
         self.refuse_start: Failed | None = None
         self.start_failure = ""  # not empty: instances fail instead of becoming ready
         self.starts: list[StartInstance] = []
         self.stops: list[StopInstance] = []
         self.prepares: list[PrepareModel] = []
+        self.drains: list[DrainNode] = []
         self._subscriptions: list[Subscription] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -106,6 +110,7 @@ class FakeWorker:
             (subjects.worker_start(self.node), self._on_start),
             (subjects.worker_stop(self.node), self._on_stop),
             (subjects.worker_prepare(self.node), self._on_prepare),
+            (subjects.worker_drain(self.node), self._on_drain),
             (subjects.worker_term(self.node), self._on_term),
         ):
             self._subscriptions.append(await self.bus.subscribe(subject, handler))
@@ -142,7 +147,8 @@ class FakeWorker:
             instances=tuple(self._listed(i) for i in self.instances.values()),
             prepared=self.prepared,
             zygote_ready=self.zygote_ready,
-            draining=self.draining,
+            draining=self.draining or self.leaving,
+            leaving=self.leaving,
         )
 
     async def publish(self) -> None:
@@ -175,11 +181,12 @@ class FakeWorker:
 
     async def reboot(self, boot_id: str) -> None:
         """kill -9 and a new start: no instance survives, the persisted term does."""
-        self.boot_id, self.seq, self.instances = boot_id, 0, {}
+        self.boot_id, self.seq, self.instances, self.draining = boot_id, 0, {}, False
         await self.publish()
 
     def _listed(self, instance: FakeInstance) -> InstanceStatus:
-        command, since_ms = instance.command, round((self.clock.monotonic_s() - instance.since_s) * 1000)
+        now_s, command = self.clock.monotonic_s(), instance.command
+        since_ms = round((now_s - instance.since_s) * 1000)
         ready = instance.state is InstanceState.READY
         return InstanceStatus(
             instance_id=command.instance_id,
@@ -190,6 +197,7 @@ class FakeWorker:
             room=command.model.slots - instance.running if ready else 0,
             running=instance.running,
             idle_ms=since_ms if ready and not instance.running else 0,
+            age_ms=0 if instance.ordered_s is None else round((now_s - instance.ordered_s) * 1000),
             failure=instance.failure,
             phases=instance.phases,
         )
@@ -223,6 +231,15 @@ class FakeWorker:
             self.prepares.append(command)
         await self._reply(message, refusal or Done())
 
+    async def _on_drain(self, message: Message) -> None:
+        command: DrainNode = decode(DrainNode, message.data)
+        refusal = self._refusal(command.term, command.boot_id)
+        if refusal is None:
+            self.drains.append(command)
+            self.draining = command.draining
+        await self._reply(message, refusal or Done())
+        await self.publish()
+
     async def _on_start(self, message: Message) -> None:
         command: StartInstance = decode(StartInstance, message.data)
         self.starts.append(command)
@@ -230,7 +247,7 @@ class FakeWorker:
         fresh = refusal is None and command.instance_id not in self.instances
         if fresh:
             now_s = self.clock.monotonic_s()
-            self.instances[command.instance_id] = FakeInstance(command, InstanceState.STARTING, now_s)
+            self.instances[command.instance_id] = FakeInstance(command, InstanceState.STARTING, now_s, ordered_s=now_s)
         await self._reply(message, refusal or Done())
         if fresh:
             await self.publish()

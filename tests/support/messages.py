@@ -14,13 +14,14 @@ from typing import Any
 
 import msgspec
 
-from stoker_contracts import control, events, inference, keeping, models, storage
+from stoker_contracts import control, decisions, events, inference, keeping, models, storage
 from stoker_contracts.codec import Contract, OpenEnum, pack_tokens
 from stoker_contracts.control import (
     AnnounceTerm,
     CancelPrefetch,
     Demand,
     Done,
+    DrainNode,
     EvictModel,
     Failed,
     HeldModel,
@@ -36,9 +37,11 @@ from stoker_contracts.control import (
     StopInstance,
     StoreStatus,
     TierStatus,
+    WantDrain,
     WantPrefetch,
     WorkerStatus,
 )
+from stoker_contracts.decisions import DecisionRecord, OptionRecord, Outcome, StagePrediction, StartupPrediction
 from stoker_contracts.events import CloudEvent
 from stoker_contracts.inference import (
     Accepted,
@@ -67,7 +70,7 @@ from stoker_contracts.models import (
 from stoker_contracts.storage import LeaseGranted, LeaseProgress, LeaseRefused, LeaseRequest, LeaseUsed
 
 FIXTURES = Path(__file__).parents[1] / "contract" / "fixtures"
-MODULES: tuple[ModuleType, ...] = (inference, control, events, storage, keeping, models)
+MODULES: tuple[ModuleType, ...] = (inference, control, events, storage, keeping, models, decisions)
 PARTS: tuple[type[Contract], ...] = (
     Sampling,
     Frame,
@@ -80,8 +83,13 @@ PARTS: tuple[type[Contract], ...] = (
     ModelSpec,
     Device,
     StartPhases,
+    StagePrediction,
+    StartupPrediction,
+    OptionRecord,
+    Outcome,
+    DecisionRecord,
 )
-"""Contracts that travel only inside others."""
+"""Contracts that travel only inside others, or are only stored."""
 
 MODEL = ModelSpec(
     model_id="model-0001",
@@ -150,6 +158,8 @@ EXAMPLES: tuple[Contract, ...] = (
     StartInstance(instance_id="inst-0001", boot_id="boot-0001", term=4, model=MODEL, devices=(0, 1), budget_ms=60_000),
     StopInstance(instance_id="inst-0001", boot_id="boot-0001", term=4, only_if_idle=True, reason="idle"),
     PrepareModel(boot_id="boot-0001", term=4, model=MODEL),
+    DrainNode(boot_id="boot-0001", term=4, draining=True),
+    WantDrain(node="node-1", undo=True),
     AnnounceTerm(term=4, leader_id="sched-0001"),
     Done(),
     Failed(code="device_busy", message="no room", retryable=True),

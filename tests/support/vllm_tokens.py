@@ -1,18 +1,18 @@
-"""What vLLM says, with one loader and another: `python -m tests.support.vllm_tokens '<cases as JSON>'`.
+"""What vLLM says, with one loader and another.
 
-Every case runs in a fork of one process that has paid the imports, as an instance does; a line of JSON is printed for each.
+Every case runs in a fork of one process that has paid the imports, as an instance does: `python -m tests.support.vllm_tokens
+<descriptor>`. It takes cases as JSON from that socket, with their descriptors, and answers each with an outcome.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ REPOSITORY = Path(__file__).parents[2]
 TOKENS = 32
 CONTEXT = 256
 TIMEOUT_S = 240.0
+MESSAGE_BYTES_MAX = 64 * 1024
+DESCRIPTORS_MAX = 8
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """options: vLLM's model_loader_extra_config.  ranks: of tensor parallelism, each a process of its own."""
+    """options: vLLM's model_loader_extra_config; what ends in _fd goes along.  ranks: of tensor parallelism, each a process."""
 
     path: str
     load_format: str
@@ -43,26 +45,57 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-def outcomes(cache: Path, cases: Sequence[Case], *, pass_fds: Iterable[int] = ()) -> list[Outcome]:
-    """Run the cases one after the other in a process of their own, which inherits `pass_fds`."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("STOKER_", "VLLM_"))}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(cache),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    command = [sys.executable, "-m", "tests.support.vllm_tokens", msgspec.json.encode(list(cases)).decode()]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, pass_fds=tuple(pass_fds), capture_output=True, text=True, timeout=TIMEOUT_S
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-8000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(cases), done.stdout[-4000:] + done.stderr[-8000:]
-    return [msgspec.json.decode(line, type=Outcome) for line in lines]
+class Vllm:
+    """That process. Ended on leaving the context. directory: for its cache and its log."""
+
+    def __init__(self, directory: Path) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("STOKER_", "VLLM_"))}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CACHE_ROOT": str(directory / "cache"),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        self._log = directory / "log"
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(TIMEOUT_S)
+        with theirs, self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.vllm_tokens", str(theirs.fileno())],
+                cwd=REPOSITORY,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdout=output,
+                stderr=output,
+            )
+
+    def __enter__(self) -> Vllm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()  # it ends when it notices
+        try:
+            assert self._process.wait(TIMEOUT_S) == 0, self._said()
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    def outcomes(self, cases: Sequence[Case]) -> list[Outcome]:
+        """Of cases that run one after the other."""
+        return [self._outcome(case) for case in cases]
+
+    def _outcome(self, case: Case) -> Outcome:
+        descriptors = [value for name, value in case.options.items() if name.endswith("_fd")]
+        socket.send_fds(self._socket, [msgspec.json.encode(case)], descriptors)
+        answer = self._socket.recv(MESSAGE_BYTES_MAX)
+        assert answer, self._said()
+        return msgspec.json.decode(answer, type=Outcome)
+
+    def _said(self) -> str:
+        return self._log.read_text(errors="replace")[-8000:]
 
 
 def main() -> None:
@@ -70,40 +103,54 @@ def main() -> None:
     from stoker_worker.zygote.architecture import inspect_architecture
     from stoker_worker.zygote.main import os_threads
 
-    cases = msgspec.json.decode(sys.argv[1], type=list[Case])
     assert os_threads() == 1, "a zygote must be fit to fork after its imports"
-    _in_fork(lambda: inspect_architecture("LlamaForCausalLM"))
-    for case in cases:
-        _in_fork(lambda case=case: _run(case))
+    assert _in_fork(lambda: inspect_architecture("LlamaForCausalLM")) == 0
+    with socket.socket(fileno=int(sys.argv[1])) as asking:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(asking, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX)
+            if not message:
+                return
+            case = _with_own(msgspec.json.decode(message, type=Case), descriptors)
+            status = _in_fork(lambda case=case: _run(case, asking))
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if status:
+                asking.sendall(msgspec.json.encode(Outcome(error=f"it ended with status {status}")))
 
 
-def _in_fork(work: Any) -> None:
+def _with_own(case: Case, descriptors: Sequence[int]) -> Case:
+    """Its descriptors as they are numbered here."""
+    own = iter(descriptors)
+    options = {name: next(own) if name.endswith("_fd") else value for name, value in case.options.items()}
+    return msgspec.structs.replace(case, options=options)
+
+
+def _in_fork(work: Callable[[], object]) -> int:
+    """Returns its wait status."""
     pid = os.fork()
     if pid:
-        _, status = os.waitpid(pid, 0)
-        assert status == 0, f"status {status}"
-        return
+        return os.waitpid(pid, 0)[1]
+    code = 1
     try:
-        code = work()
+        work()
+        code = 0
     except BaseException:  # noqa: BLE001 - nothing may unwind into the parent's frames
         traceback.print_exc()
-        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _run(case: Case) -> int:
+def _run(case: Case, asking: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(1)
     try:
         outcome = _generate(case)
     except Exception as error:  # noqa: BLE001 - it is the outcome
-        outcome = Outcome(error=f"{type(error).__name__}: {error}")
-    print(json.dumps(msgspec.to_builtins(outcome)), flush=True)
-    return 0
+        outcome = Outcome(error=f"{type(error).__name__}: {error}"[: MESSAGE_BYTES_MAX // 8])
+    asking.sendall(msgspec.json.encode(outcome))
 
 
 def _generate(case: Case) -> Outcome:

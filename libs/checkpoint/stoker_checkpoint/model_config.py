@@ -24,6 +24,7 @@ KV_BLOCK_TOKENS = 128
 KV_SPARE_BLOCKS = 4
 KV_TOKEN_BYTES_MAX = 2**30
 KV_CACHE_BYTES_MAX = 2**50
+REPLICAS_MAX = 1024
 SLOTS_MAX = 1024
 QUEUE_MAX = 100_000
 SECONDS_MAX = 7 * 24 * 3600.0
@@ -102,6 +103,11 @@ def model_spec(
         keep_alive_s=options.keep_alive_s,
         queue_max=options.queue_max,
         wait_s=options.wait_s,
+        tensor_parallel=options.tensor_parallel,
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas,
+        target_concurrency=options.target_concurrency,
+        keep_alive_auto=options.keep_alive_auto,
     )
 
 
@@ -190,6 +196,14 @@ def _check(options: ModelOptions) -> None:
         raise refuse("queue_max", f"from 0 to {QUEUE_MAX}")
     if options.kv_cache_bytes is not None and not 0 < options.kv_cache_bytes <= KV_CACHE_BYTES_MAX:
         raise refuse("kv_cache_bytes", f"from 1 to {KV_CACHE_BYTES_MAX}")
+    if options.tensor_parallel != 1:  # placement and the loader know more, the engine's process does not yet
+        raise refuse("tensor_parallel", "1: an instance runs on one device")
+    if not 1 <= options.max_replicas <= REPLICAS_MAX:
+        raise refuse("max_replicas", f"from 1 to {REPLICAS_MAX}")
+    if not 0 <= options.min_replicas <= options.max_replicas:
+        raise refuse("min_replicas", f"from 0 to {options.max_replicas}, which is max_replicas")
+    if not 0 <= options.target_concurrency <= SLOTS_MAX:  # false for NaN, too
+        raise refuse("target_concurrency", f"from 0 to {SLOTS_MAX}")
     for param in ("keep_alive_s", "wait_s"):
         if not 0 <= getattr(options, param) <= SECONDS_MAX:  # false for NaN, too
             raise refuse(param, f"from 0 to {SECONDS_MAX:g} seconds")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from stoker_contracts.decisions import DecisionRecord
+
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     pass
@@ -115,6 +117,31 @@ class Prefetched(Answer, frozen=True):
     nodes: list[str] = []
     tier: str = ""
     cancel: bool = False
+
+
+class InstanceLeft(Answer, frozen=True):
+    instance_id: str
+    running: int = 0
+
+
+class Draining(Answer, frozen=True):
+    """How far a node is from being empty. live: its worker was heard lately; instances: those it says it has."""
+
+    node: str
+    draining: bool
+    drained: bool
+    live: bool = True
+    instances: list[InstanceLeft] = []
+
+
+class Decision(DecisionRecord, frozen=True):
+    """model: its name."""
+
+    model: str = ""
+
+
+class Decisions(Answer, frozen=True):
+    decisions: list[Decision]
 
 
 class Deployed(Answer, frozen=True):

@@ -56,6 +56,17 @@ class PrepareModel(Contract, frozen=True):
     model: ModelSpec
 
 
+class DrainNode(Contract, frozen=True):
+    """Leader → worker, on `worker.<node>.drain`; answered Done or Failed. Retry-safe: it says how the node shall be.
+
+    A draining worker refuses starts. What runs goes on until it is told to stop.
+    """
+
+    boot_id: str
+    term: int
+    draining: bool  # False: take starts again
+
+
 class AnnounceTerm(Contract, frozen=True):
     """New leader → worker, on `worker.<node>.term`; answered WorkerStatus or Failed. Retry-safe.
 
@@ -121,6 +132,7 @@ class WorkerStatus(Contract, frozen=True, tag="worker_status"):
     zygote_ready: bool = False
     draining: bool = False
     protocol: int = 0  # the sender's PROTOCOL_MINOR; a default is not sent, so this one stays 0 for ever
+    leaving: bool = False  # its process ends: then it drains whatever it was told
 
 
 TermReply = WorkerStatus | Failed
@@ -201,6 +213,17 @@ class WantPrefetch(Contract, frozen=True):
     priority: int = 0  # higher first
     budget_ms: int = 0  # for it to begin; 0: no limit
     cancel: bool = False  # give up instead what was wanted before
+
+
+class WantDrain(Contract, frozen=True):
+    """Gateway → leader, on `scheduler.drain`. Answered Done once it is stored, or Failed. Retry-safe.
+
+    Nothing new is placed on the node, and what runs there ends once it is idle; until it is undone, also by later leaders
+    and for later boots of the node.
+    """
+
+    node: str
+    undo: bool = False
 
 
 class PrefetchModel(Contract, frozen=True):

@@ -23,6 +23,7 @@ def gateway_frames(gateway_id: str) -> str:
 
 SCHEDULER_DEMAND = f"{PREFIX}.scheduler.demand"
 SCHEDULER_PREFETCH = f"{PREFIX}.scheduler.prefetch"
+SCHEDULER_DRAIN = f"{PREFIX}.scheduler.drain"
 
 
 def worker_start(node: str) -> str:
@@ -35,6 +36,10 @@ def worker_stop(node: str) -> str:
 
 def worker_prepare(node: str) -> str:
     return f"{PREFIX}.worker.{node}.prepare"
+
+
+def worker_drain(node: str) -> str:
+    return f"{PREFIX}.worker.{node}.drain"
 
 
 def worker_term(node: str) -> str:

@@ -134,6 +134,16 @@ class ModelNotFound(StokerError):
         super().__init__(f"the model {model!r} does not exist")
 
 
+class InstanceNotFound(StokerError):
+    """Nothing is known of this instance."""
+
+    code = "instance_not_found"
+
+    def __init__(self, instance_id: str) -> None:
+        self.instance_id = instance_id
+        super().__init__(f"nothing is known of how an instance {instance_id!r} was started")
+
+
 class ModelExists(StokerError):
     """A different model has this name already."""
 
@@ -402,3 +412,32 @@ class NoNode(StokerError):
 
     code = "no_node"
     retryable = True
+
+
+class InvalidTrace(StokerError):
+    """A trace of requests does not read as its format says."""
+
+    code = "invalid_trace"
+
+    def __init__(self, path: str, reason: str, *, line: int = 0, column: str = "") -> None:
+        """line: from 1; 0: the file as a whole.  column: of a CSV file, or a key of a JSON line; '' where none is at fault."""
+        self.path, self.reason, self.line, self.column = path, reason, line, column
+        where = path + (f", line {line}" if line else "") + (f", column {column}" if column else "")
+        super().__init__(f"{where}: {reason}")
+
+
+class InvalidWorkload(StokerError):
+    """A workload cannot be made as it was asked for."""
+
+    code = "invalid_workload"
+
+
+class InvalidProfile(StokerError):
+    """A profile of hardware, models and loaders cannot be used."""
+
+    code = "invalid_profile"
+
+    def __init__(self, path: str, reason: str, *, key: str = "") -> None:
+        """key: with its tables, as in hardware.nodes[0].count; '' where none is at fault."""
+        self.path, self.reason, self.key = path, reason, key
+        super().__init__(f"{path}{f', key {key}' if key else ''}: {reason}")

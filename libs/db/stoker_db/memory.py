@@ -20,9 +20,10 @@ from stoker_core.errors import (
     StaleTerm,
 )
 from stoker_db.checks import check_chunks, check_files
+from stoker_db.memory_decisions import MemoryDecisions
 from stoker_db.memory_state import State
 from stoker_db.memory_tiers import MemoryTiers
-from stoker_db.ports import InstanceRow, ModelFile, NodeRow
+from stoker_db.ports import DrainRow, InstanceRow, ModelFile, NodeRow
 
 
 class MemoryDatabase:
@@ -33,6 +34,7 @@ class MemoryDatabase:
         self.models = MemoryModels(self._state)
         self.nodes = MemoryNodes(self._state)
         self.instances = MemoryInstances(self._state)
+        self.decisions = MemoryDecisions(self._state)
         self.tiers = MemoryTiers(self._state)
 
     def leadership(self) -> MemoryLeadership:
@@ -135,6 +137,20 @@ class MemoryNodes:
     async def all(self) -> list[NodeRow]:
         self._state.check()
         return [node for _, node in sorted(self._state.nodes.items())]
+
+    async def drain(self, row: DrainRow) -> None:
+        self._state.check()
+        self._state.check_term(row.term)
+        self._state.drains[row.node] = row
+
+    async def undrain(self, name: str, *, term: int) -> bool:
+        self._state.check()
+        self._state.check_term(term)
+        return self._state.drains.pop(name, None) is not None
+
+    async def drains(self) -> list[DrainRow]:
+        self._state.check()
+        return [row for _, row in sorted(self._state.drains.items())]
 
 
 class MemoryInstances:

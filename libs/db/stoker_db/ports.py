@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from stoker_contracts.control import LinkStatus, TierStatus
+from stoker_contracts.decisions import DecisionRecord, Outcome
 from stoker_contracts.models import Device, InstanceState, ModelSpec, StartPhases, Tier
 
 
@@ -53,6 +54,17 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     boot_id: str
     devices: tuple[Device, ...] = ()
+
+
+class DrainRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that is to be empty. It outlives the node's boots: a drained node that comes back stays drained.
+
+    term: of the leader that last wrote it.  drained: nothing was left there.
+    """
+
+    node: str
+    term: int
+    drained: bool = False
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +137,18 @@ class Nodes(Protocol):
         """Ordered by name."""
         ...
 
+    async def drain(self, row: DrainRow) -> None:
+        """Insert or replace. Raises StaleTerm below the leader's term."""
+        ...
+
+    async def undrain(self, name: str, *, term: int) -> bool:
+        """False: it was not drained. Raises StaleTerm below the leader's term."""
+        ...
+
+    async def drains(self) -> list[DrainRow]:
+        """Ordered by node; also of nodes that are not registered now."""
+        ...
+
 
 class Instances(Protocol):
     async def desire(self, row: InstanceRow) -> None:
@@ -147,6 +171,34 @@ class Instances(Protocol):
 
     async def prune(self, *, keep_s: float) -> int:
         """Delete rows created longer than keep_s ago that `live` does not list; returns how many."""
+        ...
+
+
+class Decisions(Protocol):
+    """History, for people: not fenced."""
+
+    async def add(self, record: DecisionRecord) -> None:
+        """Its outcome and made_at are left out. Adding one again changes nothing."""
+        ...
+
+    async def conclude(self, instance_id: str, outcome: Outcome) -> bool:
+        """Set what became of the start of this instance. False: no decision started it, or its outcome is set already."""
+        ...
+
+    async def of_model(self, model_id: str, limit: int = 20) -> list[DecisionRecord]:
+        """Newest first."""
+        ...
+
+    async def of_instance(self, instance_id: str) -> DecisionRecord | None:
+        """The one that started it."""
+        ...
+
+    async def concluded(self, limit: int = 100) -> list[DecisionRecord]:
+        """Those whose outcome is known, newest first."""
+        ...
+
+    async def prune(self, *, keep_s: float) -> int:
+        """Delete decisions made longer than keep_s ago; returns how many."""
         ...
 
 
@@ -203,6 +255,8 @@ class Database(Protocol):
     def nodes(self) -> Nodes: ...
     @property
     def instances(self) -> Instances: ...
+    @property
+    def decisions(self) -> Decisions: ...
     @property
     def tiers(self) -> Tiers: ...
 

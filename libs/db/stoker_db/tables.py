@@ -12,6 +12,7 @@ from enum import StrEnum
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -120,6 +121,17 @@ devices = Table(
 )
 """The devices of each node's present boot."""
 
+drains = Table(
+    "drains",
+    metadata,
+    Column("node", _NAME, primary_key=True),
+    Column("term", BigInteger, nullable=False),
+    Column("drained", Boolean, nullable=False, server_default=text("false")),
+    _when("asked_at"),
+    *_not_negative("term"),
+)
+"""Nodes that are to be empty. No foreign key: a drain outlives the boots of its node. drained: nothing was left there."""
+
 instances = Table(
     "instances",
     metadata,
@@ -151,6 +163,33 @@ INSTANCE_IS_LIVE = text(
 
 Index("ix_instances_live", instances.c.instance_id, postgresql_where=INSTANCE_IS_LIVE)
 Index(None, instances.c.created_at, instances.c.instance_id)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("decision_id", _NAME, primary_key=True),
+    Column("term", BigInteger, nullable=False),
+    Column("model_id", _NAME, nullable=False),
+    Column("instance_id", _NAME, nullable=False, server_default=""),
+    Column("chosen", Integer),
+    Column("weighed", Integer, nullable=False),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("options", JSONB, nullable=False),
+    Column("outcome", JSONB(none_as_null=True)),
+    _when("made_at"),
+    *_not_negative("term", "weighed"),
+)
+"""What was decided on models, of which options, and what became of the starts among them, until pruned.
+
+options: what was predicted of each, every field spelled out.  outcome: NULL until the instance is ready or failed.
+"""
+
+DECISION_IS_CONCLUDED = text("outcome IS NOT NULL")
+
+Index(None, decisions.c.model_id, decisions.c.made_at, decisions.c.decision_id)
+Index("ix_decisions_instance_id", decisions.c.instance_id, postgresql_where=text("instance_id <> ''"))
+Index("ix_decisions_concluded", decisions.c.made_at, decisions.c.decision_id, postgresql_where=DECISION_IS_CONCLUDED)
+Index(None, decisions.c.made_at)
 
 placements = Table(
     "placements",

@@ -20,6 +20,7 @@ from stoker_core.ids import Ids, RandomIds
 from stoker_core.runner import Part, every, run_parts
 from stoker_db.pg import PgDatabase
 from stoker_db.ports import Database
+from stoker_gateway.accuracy import Accuracies
 from stoker_gateway.catalogue import Catalogue
 from stoker_gateway.demand import DemandBook
 from stoker_gateway.generation import Generations
@@ -36,6 +37,8 @@ from stoker_gateway.settings import GatewaySettings
 from stoker_gateway.streams import Streams
 from stoker_gateway.texts import TokenizerCache
 from stoker_gateway.web.admin import AdminRoutes
+from stoker_gateway.web.decisions import DecisionRoutes
+from stoker_gateway.web.drain import DrainRoutes
 from stoker_gateway.web.middleware import add_headers, observing
 from stoker_gateway.web.probes import ProbeRoutes
 from stoker_gateway.web.server import HttpServer
@@ -157,8 +160,18 @@ class Gateway:
             events=self._events,
             register_timeout_s=self._settings.register_timeout_s,
         )
-        probes = ProbeRoutes(self._bus, self._catalogue, self._intake, self._dispatcher.queues, self._metrics)
-        app.add_routes([*v1.routes(), *admin.routes(), *probes.routes()])
+        drain = DrainRoutes(self._bus, database, self._routes)
+        decisions = DecisionRoutes(database.decisions, self._catalogue)
+        probes = ProbeRoutes(
+            self._bus,
+            self._catalogue,
+            self._intake,
+            self._dispatcher.queues,
+            self._metrics,
+            Accuracies(database.decisions, self._clock),
+        )
+        for part in (v1, admin, drain, decisions, probes):
+            app.add_routes(part.routes())
         return app
 
     async def _on_worker(self, message: Message) -> None:

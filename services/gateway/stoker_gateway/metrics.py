@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from stoker_gateway.accuracy import Accuracy
+
 UNKNOWN_MODEL = "unknown"
 """Label of requests that name no registered model: callers must not be able to make up label values."""
 
@@ -45,10 +47,23 @@ class Metrics:
         self._queue = Gauge(
             "stoker_gateway_queue_length", "Requests waiting for an instance.", ["model"], registry=self._registry
         )
+        self._error = Gauge(
+            "stoker_start_prediction_error_ratio",
+            "|predicted - actual| / actual of the newest starts, by part (total, load) and quantile.",
+            ["part", "quantile"],
+            registry=self._registry,
+        )
+        self._predicted = Gauge(
+            "stoker_start_predictions", "Starts that the prediction error is of.", registry=self._registry
+        )
         self._open = Gauge("stoker_gateway_open_streams", "Requests in hand.", registry=self._registry)
 
-    def render(self, *, queued: Mapping[str, int], open_streams: int) -> bytes:
+    def render(self, *, queued: Mapping[str, int], open_streams: int, accuracy: Accuracy) -> bytes:
         """The text exposition. queued: model name → waiting requests."""
+        self._error.clear()
+        for (part, quantile), error in accuracy.errors.items():
+            self._error.labels(part, str(quantile)).set(error)
+        self._predicted.set(accuracy.starts)
         self._queue.clear()
         for model, depth in queued.items():
             self._queue.labels(model).set(depth)

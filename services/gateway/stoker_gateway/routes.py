@@ -86,7 +86,12 @@ class Routes:
         return silent
 
     def ready(self, model_id: str) -> list[Route]:
-        return [r for r in self._routes.values() if r.model_id == model_id and r.state is InstanceState.READY]
+        """Those that may be sent requests: not on a draining node, which is to become idle."""
+        return [
+            r
+            for r in self._routes.values()
+            if r.model_id == model_id and r.state is InstanceState.READY and not self._draining(r.node)
+        ]
 
     def reserve(self, model_id: str, *, slots: int) -> Route | None:
         """Take room at the ready instance with the fewest own requests, ties by id; None if there is none.
@@ -132,6 +137,10 @@ class Routes:
         for route in self._routes.values():
             if 0.0 < route.retry_s <= now_s:
                 route.room, route.retry_s = max(route.room, 1), 0.0
+
+    def _draining(self, node: str) -> bool:
+        status = self.nodes.get(node)
+        return status is not None and status.draining
 
     def _uncount(self, instance_id: str) -> None:
         self._outstanding[instance_id] -= 1

@@ -24,6 +24,8 @@ class Wakes:
     reconcile: Event = field(default_factory=Event)
     announce: Event = field(default_factory=Event)
     models: Event = field(default_factory=Event)
+    drain: Event = field(default_factory=Event)
+    explain: Event = field(default_factory=Event)
 
 
 class Handlers:

@@ -46,4 +46,18 @@ class PrefetchOrder:
         return (self.node, self.want.model_id)
 
 
-Order = StartOrder | StopOrder | PrepareOrder | PrefetchOrder
+@dataclass(frozen=True)
+class DrainOrder:
+    """Have a node's worker refuse starts, or take them again."""
+
+    node: str
+    boot_id: str
+    draining: bool
+
+    @property
+    def key(self) -> str:
+        """One at a time for a node; no instance id has a space."""
+        return f"drain {self.node}"
+
+
+Order = StartOrder | StopOrder | PrepareOrder | PrefetchOrder | DrainOrder

@@ -15,6 +15,7 @@ from stoker_contracts.control import (
     CancelPrefetch,
     CommandReply,
     Done,
+    DrainNode,
     Failed,
     PrefetchModel,
     PrepareModel,
@@ -37,7 +38,7 @@ from stoker_core.errors import (
 )
 from stoker_core.logging import get_logger
 from stoker_db.ports import InstanceRow, Instances
-from stoker_scheduler.order_kinds import Order, PrefetchOrder, PrepareOrder, StartOrder, StopOrder
+from stoker_scheduler.order_kinds import DrainOrder, Order, PrefetchOrder, PrepareOrder, StartOrder, StopOrder
 from stoker_scheduler.state import State
 
 log = get_logger("orders")
@@ -85,9 +86,9 @@ class Orders:
         """How many more orders may be given."""
         return WAITING_MAX - self._waiting.qsize()
 
-    def in_hand(self, instance_id: str) -> bool:
-        """Whether an order for this instance waits or is being carried out."""
-        return instance_id in self._in_hand
+    def in_hand(self, key: str) -> bool:
+        """Whether an order for this instance, or with this key, waits or is being carried out."""
+        return key in self._in_hand
 
     def give(self, order: Order) -> None:
         """Queue an order. Raises asyncio.QueueFull: ask `full` first."""
@@ -95,6 +96,8 @@ class Orders:
         match order:
             case StartOrder() | StopOrder():
                 self._in_hand.add(order.row.instance_id)
+            case DrainOrder():
+                self._in_hand.add(order.key)
             case PrefetchOrder():
                 self._wanted[order.key] = order
 
@@ -116,6 +119,8 @@ class Orders:
                 match order:
                     case StartOrder() | StopOrder():
                         self._in_hand.discard(order.row.instance_id)
+                    case DrainOrder():
+                        self._in_hand.discard(order.key)
                     case PrefetchOrder() if self._newest(order):
                         del self._wanted[order.key]
                 self._waiting.task_done()
@@ -130,6 +135,8 @@ class Orders:
                 await self._prepare(order)
             case PrefetchOrder():
                 await self._prefetch(order)
+            case DrainOrder():
+                await self._drain(order)
 
     async def _start(self, order: StartOrder) -> None:
         row = order.row
@@ -201,6 +208,12 @@ class Orders:
         reply = await self._command(order.node, subjects.worker_prepare(order.node), command)
         if isinstance(reply, Failed):
             log.warning("prepare_failed", node=order.node, code=reply.code, reason=reply.message)
+
+    async def _drain(self, order: DrainOrder) -> None:
+        command = DrainNode(boot_id=order.boot_id, term=self._state.term, draining=order.draining)
+        reply = await self._command(order.node, subjects.worker_drain(order.node), command)
+        if isinstance(reply, Failed):
+            log.warning("drain_failed", node=order.node, code=reply.code, reason=reply.message)
 
     async def _prefetch(self, order: PrefetchOrder) -> None:
         want, waited_ms = order.want, round((self._clock.monotonic_s() - order.ordered_s) * 1000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec.structs import replace
 
 from stoker_contracts.models import InstanceState, StartPhases
@@ -13,7 +15,11 @@ from stoker_scheduler.state import State
 log = get_logger("reconcile")
 
 
-async def reconcile(state: State, instances: Instances) -> bool:
+Became = Callable[[Tracked, InstanceState], None]
+"""Told an instance whose new state was recorded, and the state that was recorded before."""
+
+
+async def reconcile(state: State, instances: Instances, became: Became) -> bool:
     """Adopt what was found on nodes, record actual states, forget what ended. Returns whether anything was adopted.
 
     Raises StaleTerm, DatabaseUnavailable; what was written before stays written and is not repeated.
@@ -26,9 +32,9 @@ async def reconcile(state: State, instances: Instances) -> bool:
         if not tracked.written and tracked.status is not None:
             await _adopt(tracked, instances)
             adopted = True
-        await _record(tracked, instances, state.term)
+        await _record(tracked, instances, state.term, became)
         if tracked.ended:
-            state.instances.pop(instance_id, None)
+            state.forget(instance_id)
     return adopted
 
 
@@ -40,7 +46,7 @@ async def _adopt(tracked: Tracked, instances: Instances) -> None:
     log.info("instance_adopted", instance=row.instance_id, model_id=row.model_id, node=row.node, state=row.actual)
 
 
-async def _record(tracked: Tracked, instances: Instances, term: int) -> None:
+async def _record(tracked: Tracked, instances: Instances, term: int, became: Became) -> None:
     row, status, actual = tracked.row, tracked.status, tracked.state
     phases = status.phases if status and status.phases != StartPhases() else row.phases
     if actual is row.actual and phases == row.phases:
@@ -53,6 +59,8 @@ async def _record(tracked: Tracked, instances: Instances, term: int) -> None:
     await instances.record(row.instance_id, actual, reason=reason, phases=phases)
     # Not `row`: a stop may have been desired while this was written.
     tracked.row = replace(tracked.row, actual=actual, phases=phases)
+    if actual is not row.actual:
+        became(tracked, row.actual)
     log.info(
         "instance_recorded",
         instance=row.instance_id,

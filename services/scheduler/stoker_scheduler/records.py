@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from stoker_contracts.control import InstanceStatus, StoreStatus, WorkerStatus
 from stoker_contracts.models import Device, InstanceState
-from stoker_db.ports import InstanceRow
+from stoker_db.ports import DrainRow, InstanceRow
+from stoker_policy import EngineState, LoadView
 
 RETIRED_MAX = 8
 ENDED_STATES = frozenset({InstanceState.STOPPED, InstanceState.FAILED})
@@ -18,6 +19,8 @@ class Node:
 
     heard_s: when this leader last heard it; None: never.  retired: its earlier boots, whose late words are dropped.
     store, store_heard_s: what its storage agent said last, and when.
+    drain: that it is to be empty; None: it may be used.
+    absurd, absurd_s: what it said last that cannot be true, and when.
     """
 
     name: str
@@ -30,10 +33,18 @@ class Node:
     store: StoreStatus | None = None
     store_heard_s: float = 0.0
     prepare_asked_s: dict[str, float] = field(default_factory=dict)
+    drain: DrainRow | None = None
+    absurd: str = ""
+    absurd_s: float = 0.0
 
     @property
     def boot_id(self) -> str:
         return self.status.boot_id if self.status else ""
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new goes there: it is to be empty, or its worker says that it ends."""
+        return self.drain is not None or (self.status is not None and self.status.draining)
 
 
 @dataclass
@@ -43,6 +54,7 @@ class Tracked:
     row: as Postgres has it, or is about to.  written: Postgres has it.  status: as its worker last reported it.
     reserved_until_s: a start that was decided and does not show yet holds its devices until then.
     gone: why it is no longer on its node's list.
+    decided_s: when its start was decided, what it was expected to load, and what its engine started from; of starts of this leader.
     """
 
     row: InstanceRow
@@ -53,6 +65,9 @@ class Tracked:
     gone: str = ""
     stop_asked_s: float | None = None
     stops: int = 0
+    decided_s: float | None = None
+    load: LoadView | None = None
+    engine: EngineState | None = None
 
     @property
     def state(self) -> InstanceState:

@@ -100,6 +100,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             await bus.subscribe(subjects.worker_start(node), handlers.start)
             await bus.subscribe(subjects.worker_stop(node), handlers.stop, concurrency=16)
             await bus.subscribe(subjects.worker_prepare(node), handlers.prepare)
+            await bus.subscribe(subjects.worker_drain(node), handlers.drain)
             await bus.subscribe(subjects.worker_term(node), handlers.term)
             await reporter.run()
 
@@ -111,7 +112,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             await database.nodes.leave(state.node, state.boot_id)
 
         def stop_intake() -> None:
-            state.draining = True
+            state.leaving = True
             reporter.changed()
 
         parts = [

@@ -10,6 +10,7 @@ from stoker_contracts.control import (
     AnnounceTerm,
     CommandReply,
     Done,
+    DrainNode,
     Failed,
     PrepareModel,
     StartInstance,
@@ -79,6 +80,16 @@ class Handlers:
         if not refused:
             self.preparer.want(command.model)
         await answer(self.bus, message, refused or Done())
+
+    async def drain(self, message: Message) -> None:
+        command = decode(DrainNode, message.data)
+        refused = self.state.check_boot(command.boot_id) or self._check_term(command.term)
+        if not refused:
+            self.state.draining = command.draining
+            self.reporter.changed()
+        reply: CommandReply = refused or Done()
+        log.info("drain" if command.draining else "undrain", term=command.term, reply=_text(reply))
+        await answer(self.bus, message, reply)
 
     async def term(self, message: Message) -> None:
         command = decode(AnnounceTerm, message.data)

@@ -39,7 +39,8 @@ class StatusReporter:
             instances=tuple(i.status(now_s) for i in state.instances.values()),
             prepared=tuple(sorted(state.prepared)),
             zygote_ready=all(self._zygote_ready(engine) for engine in state.engines),
-            draining=state.draining,
+            draining=state.draining or state.leaving,
+            leaving=state.leaving,
             protocol=PROTOCOL_MINOR,
         )
 

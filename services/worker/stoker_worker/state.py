@@ -80,7 +80,8 @@ class WorkerState:
         self.devices = tuple(devices)
         self.engines = tuple(engines)
         self.term = term
-        self.draining = False
+        self.draining = False  # as the leader wants it
+        self.leaving = False  # this process ends
         self.instances: dict[str, Instance] = {}
         self.prepared: set[str] = set()
 
@@ -103,7 +104,7 @@ class WorkerState:
 
     def check_start(self, command: StartInstance) -> Failed | None:
         """Why a new instance cannot start here now; the worker refuses it whatever the leader believes."""
-        if self.draining:
+        if self.draining or self.leaving:
             return Failed(code=Stopping.code, message=f"{self.node} is draining", retryable=True)
         if command.model.engine not in self.engines:
             return Failed(code="unsupported", message=f"{self.node} runs no engine {command.model.engine.value!r}")

@@ -36,8 +36,10 @@ def instance(
     )
 
 
-def status(seq: int, *instances: InstanceStatus, node: str = "a", boot: str = "b1") -> WorkerStatus:
-    return WorkerStatus(node=node, boot_id=boot, seq=seq, term=1, devices=(), instances=instances)
+def status(
+    seq: int, *instances: InstanceStatus, node: str = "a", boot: str = "b1", draining: bool = False
+) -> WorkerStatus:
+    return WorkerStatus(node=node, boot_id=boot, seq=seq, term=1, devices=(), instances=instances, draining=draining)
 
 
 def reserve(routes: Routes) -> str | None:
@@ -193,6 +195,20 @@ def test_a_silent_node_gets_no_requests_until_it_is_heard_again() -> None:
     routes.on_status(status(2, instance("i", room=1)), 5)
     assert reserve(routes) == "i"
     assert reserve(routes) is None  # the first one is still counted
+
+
+def test_a_draining_node_gets_no_more_requests_until_it_is_used_again() -> None:
+    routes = Routes()
+    routes.on_status(status(1, instance("i1")), 0)
+    taken = must_reserve(routes)
+    routes.on_status(status(2, instance("i1", room=1), draining=True), 0)
+    assert routes.ready(SPEC.model_id) == []
+    assert reserve(routes) is None
+    routes.accepted(taken, 1)
+    routes.release("i1")  # what is in hand there ends as ever
+    change = routes.on_status(status(3, instance("i1")), 0)
+    assert SPEC.model_id in change.models
+    assert reserve(routes) == "i1"
 
 
 # Queues and the dispatcher

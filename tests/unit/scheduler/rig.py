@@ -98,8 +98,10 @@ class Rig:
         await self.leader.refresh_models()
         await self.leader.reconcile()
         await self.leader.decide()
+        await self.leader.drains.turn()
         await settle()
         await self.leader.reconcile()
+        await self.leader.explanations.write()
 
     async def pass_time(self, seconds: float) -> None:
         """In steps of a quarter of a second, as the loops would see it."""

@@ -88,11 +88,11 @@ def test_a_reservation_holds_its_device_until_the_status_shows_it() -> None:
     s.apply_status(status(1), 1.0)
     s.reserve(row(), 121.0)
     s.apply_status(status(2), 2.0)  # sent before the worker heard of it
-    [view] = cluster(s, 2.0, prepare_again_s=60).instances
+    [view] = cluster(s, 2.0, prepare_again_s=60).instances.values()
     assert (view.state, view.gpu_bytes) == (STARTING, model_spec("a").gpu_bytes)
     s.apply_status(status(3, ("i1", STARTING)), 3.0)
     s.apply_status(status(4), 4.0)
-    assert cluster(s, 4.0, prepare_again_s=60).instances == ()
+    assert cluster(s, 4.0, prepare_again_s=60).instances == {}
 
 
 def test_a_reservation_ends_with_its_budget_and_counts_as_a_failed_start() -> None:
@@ -103,8 +103,8 @@ def test_a_reservation_ends_with_its_budget_and_counts_as_a_failed_start() -> No
     assert len(cluster(s, 120.9, prepare_again_s=60).instances) == 1
     s.expire(121.0)
     seen = cluster(s, 123.0, prepare_again_s=60)
-    assert seen.instances == ()
-    assert [(f.in_row, f.since_ms) for f in seen.failures] == [(1, 2000)]
+    assert seen.instances == {}
+    assert [(f.in_row, f.since_ms) for f in seen.failures.values()] == [(1, 2000)]
 
 
 def test_a_failure_that_is_both_answered_and_reported_counts_once() -> None:
@@ -144,7 +144,7 @@ def test_deleted_models_keep_their_memory_while_their_instances_live() -> None:
     s = state()
     s.apply_status(status(1, ("i1", READY)), 1.0)
     s.set_models([])
-    assert cluster(s, 1.0, prepare_again_s=60).instances[0].gpu_bytes == model_spec("a").gpu_bytes
+    assert cluster(s, 1.0, prepare_again_s=60).instances["i1"].gpu_bytes == model_spec("a").gpu_bytes
 
 
 def test_demand_is_valid_for_two_seconds_and_an_empty_queue_ends_it() -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import typer
 
-NAMES: tuple[str, ...] = ("coldstart", "load", "tiers")
+NAMES: tuple[str, ...] = ("coldstart", "load", "place", "tiers")
 
 app = typer.Typer(no_args_is_help=True, help="Measure this system; every command takes --json FILE.")
 for name in NAMES:

@@ -9,6 +9,7 @@ from sqlalchemy import text
 
 from stoker_core.errors import DatabaseUnavailable
 from stoker_core.logging import get_logger
+from stoker_db.pg.decisions import PgDecisions
 from stoker_db.pg.instances import PgInstances
 from stoker_db.pg.leadership import PgLeadership
 from stoker_db.pg.models import PgModels
@@ -30,6 +31,7 @@ class PgDatabase:
         self.models = PgModels(self._session)
         self.nodes = PgNodes(self._session)
         self.instances = PgInstances(self._session)
+        self.decisions = PgDecisions(self._session)
         self.tiers = PgTiers(self._session)
 
     @classmethod

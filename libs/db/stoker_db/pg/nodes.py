@@ -7,12 +7,13 @@ from itertools import groupby
 
 from sqlalchemy import Executable, RowMapping, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from stoker_contracts.models import Device, DeviceKind
-from stoker_core.errors import NodeTaken
+from stoker_core.errors import NodeTaken, StaleTerm
 from stoker_db.pg.session import Session
-from stoker_db.ports import NodeRow
-from stoker_db.tables import devices, nodes
+from stoker_db.ports import DrainRow, NodeRow
+from stoker_db.tables import devices, drains, leader, nodes
 
 # One statement for nodes and devices, so that a registration is seen wholly or not at all.
 _QUERY = (
@@ -89,3 +90,30 @@ class PgNodes:
     async def all(self) -> list[NodeRow]:
         async with self._session.transaction() as connection:
             return _nodes((await connection.execute(_QUERY)).mappings().all())
+
+    async def drain(self, row: DrainRow) -> None:
+        new = insert(drains).values(node=row.node, term=row.term, drained=row.drained)
+        write = new.on_conflict_do_update(
+            index_elements=[drains.c.node], set_={"term": new.excluded.term, "drained": new.excluded.drained}
+        )
+        async with self._session.transaction() as connection:
+            await _fence(connection, row.term)
+            await connection.execute(write)
+
+    async def undrain(self, name: str, *, term: int) -> bool:
+        async with self._session.transaction() as connection:
+            await _fence(connection, term)
+            return (await connection.execute(delete(drains).where(drains.c.node == name))).rowcount > 0
+
+    async def drains(self) -> list[DrainRow]:
+        query = select(drains.c.node, drains.c.term, drains.c.drained).order_by(drains.c.node)
+        async with self._session.transaction() as connection:
+            rows = (await connection.execute(query)).all()
+        return [DrainRow(node=row.node, term=row.term, drained=row.drained) for row in rows]
+
+
+async def _fence(connection: AsyncConnection, term: int) -> None:
+    """Raises StaleTerm below the leader's term. The next leader's increment waits for this transaction: the lock is shared."""
+    highest = (await connection.execute(select(leader.c.term).with_for_update(read=True))).scalar_one()
+    if highest > term:
+        raise StaleTerm(term, highest)

@@ -15,6 +15,7 @@ _STATUS = {
     "corrupt_checkpoint": 400,
     "source_denied": 403,
     "model_not_found": 404,
+    "instance_not_found": 404,
     "model_exists": 409,
     "message_too_large": 413,
     "overloaded": 429,

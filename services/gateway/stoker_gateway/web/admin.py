@@ -74,10 +74,10 @@ class AdminRoutes:
         node = fields.string("node")
         fields.refuse_rest()
         if node is not None:
-            _check_node(node, "node")
+            check_node(node, "node")
         reply = await self._registered([node] if node else [store.node for store in self.stores.all()], message)
         if isinstance(reply, Failed):
-            return _refused(reply)
+            return refused(reply)
         await self.catalogue.refresh()
         placements = await self.database.tiers.placements(reply.model.model_id)
         answer = {
@@ -186,12 +186,12 @@ class AdminRoutes:
 
     async def _want(self, request: web.Request, want: WantPrefetch) -> web.StreamResponse:
         for node in want.nodes:
-            _check_node(node, "node" if want.cancel else "nodes")
+            check_node(node, "node" if want.cancel else "nodes")
         reply: CommandReply = await ask(
             self.bus, subjects.SCHEDULER_PREFETCH, want, CommandReply, timeout_s=PREFETCH_TIMEOUT_S
         )
         if isinstance(reply, Failed):
-            return _refused(reply)
+            return refused(reply)
         return json_response({"model": request.match_info["name"], **_full(want)}, 202)
 
     def _held(self) -> dict[str, list[dict[str, Any]]]:
@@ -248,7 +248,7 @@ def _row(row: InstanceRow, model: str) -> dict[str, Any]:
     }
 
 
-def _refused(reply: Failed) -> web.Response:
+def refused(reply: Failed) -> web.Response:
     """What another service refused, as an error of ours."""
     status = status_of(reply.code)
     response = json_response(error_body(status, reply.code, reply.message), status)
@@ -257,7 +257,7 @@ def _refused(reply: Failed) -> web.Response:
     return response
 
 
-def _check_node(node: str, param: str) -> None:
+def check_node(node: str, param: str) -> None:
     if not _NODE_NAME.fullmatch(node):
         raise InvalidRequest(f"{param}: {node!r} is no node name", param)
 

@@ -8,6 +8,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from stoker_bus.port import Bus
+from stoker_gateway.accuracy import Accuracies
 from stoker_gateway.catalogue import Catalogue
 from stoker_gateway.intake import Intake
 from stoker_gateway.metrics import Metrics
@@ -22,6 +23,7 @@ class ProbeRoutes:
     intake: Intake
     queues: Queues
     metrics_state: Metrics
+    accuracies: Accuracies
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -46,5 +48,6 @@ class ProbeRoutes:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         queued = {spec.name: self.queues.depth(spec.model_id) for spec in self.catalogue.all()}
-        body = self.metrics_state.render(queued=queued, open_streams=self.intake.open)
+        accuracy = await self.accuracies.read()
+        body = self.metrics_state.render(queued=queued, open_streams=self.intake.open, accuracy=accuracy)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
