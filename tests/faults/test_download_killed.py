@@ -23,9 +23,9 @@ from stoker_contracts.control import CommandReply, Done, PrefetchModel, Register
 from stoker_contracts.models import Tier
 from stoker_core.errors import NoResponders
 
-CHUNKS = 36  # 590 MB
+CHUNKS = 18  # 295 MB
 KILLS = 10
-BYTES_PER_S = 80_000_000  # so slow that all kills fit in
+BYTES_PER_S = 40_000_000  # so slow that all kills fit in
 SENT_SHARE_MAX = 1.1
 
 Wanting = Callable[[System, str], AbstractAsyncContextManager[None]]

@@ -15,7 +15,7 @@ CONTESTANTS = "sequential,stoker,safetensors,torch"
 
 
 def bench(*arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stoker_cli", "bench", "load", *arguments]
+    command = [sys.executable, "-m", "stoker_cli", "bench", "load", "--rest-s", "0", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 

@@ -14,7 +14,7 @@ from stoker_cli.bench.tiers_figures import FANS, WAYS
 
 
 def bench(*arguments: str, timeout_s: float = 110.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stoker_cli", "bench", "tiers", *arguments]
+    command = [sys.executable, "-m", "stoker_cli", "bench", "tiers", "--rest-s", "0", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 

@@ -18,7 +18,7 @@ from tests.support.fake_cuda import StandInMemory, processes
 from tests.support.lent import OTHER_BYTES, abandoned, lent
 from tests.support.stack import DEMO_CACHE
 from tests.support.tiny_model import write_safetensors, write_tiny_model
-from tests.support.vllm_tokens import TOKENS, Case, outcomes
+from tests.support.vllm_tokens import TOKENS, Case, Vllm
 
 from stoker_checkpoint.open import open_checkpoint
 from stoker_checkpoint.plan import CHUNK_BYTES, plan_reads
@@ -29,7 +29,13 @@ WAIT_S = 60.0
 MIB = 1 << 20
 
 
-def same_tokens(cache: Path, directory: Path, *more: dict[str, int]) -> None:
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    with Vllm(tmp_path_factory.mktemp("vllm")) as made:
+        yield made
+
+
+def same_tokens(vllm: Vllm, directory: Path, *more: dict[str, int]) -> None:
     """Assert that every way to load `directory` gives the tokens that vLLM's own loader gives.
 
     The leased pool is overwritten as soon as `load_weights` has ended.  more: options, a case each.
@@ -44,7 +50,7 @@ def same_tokens(cache: Path, directory: Path, *more: dict[str, int]) -> None:
             case(given.path, "stoker", given.options),
             *(case(directory, "stoker", options) for options in more),
         ]
-        own, *ours = outcomes(cache, cases, pass_fds=given.options.values())
+        own, *ours = vllm.outcomes(cases)
     assert own.error == ""
     assert [len(tokens) for tokens in own.tokens] == [TOKENS] * len(PROMPTS)
     for outcome in ours:
@@ -54,29 +60,29 @@ def same_tokens(cache: Path, directory: Path, *more: dict[str, int]) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_tiny_model_says_the_same_through_every_way_to_load_it(tmp_path: Path) -> None:
+def test_a_tiny_model_says_the_same_through_every_way_to_load_it(vllm: Vllm, tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "model", shards=6, layers=3, dtype="float32", tokenizer=False)
-    same_tokens(tmp_path / "cache", directory, {}, {"pool_bytes": 4 * CHUNK_BYTES})
+    same_tokens(vllm, directory, {}, {"pool_bytes": 4 * CHUNK_BYTES})
 
 
 @pytest.mark.timeout(300)
-def test_tensor_parallel_ranks_share_one_read_and_slice_it(tmp_path: Path) -> None:
+def test_tensor_parallel_ranks_share_one_read_and_slice_it(vllm: Vllm, tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "model", hidden=128, shards=2, dtype="float32", tokenizer=False)
     with lent(directory) as given:
         one = Case(path=str(directory), load_format="safetensors", prompts=PROMPTS)
         two = Case(path=str(given.path), load_format="stoker", prompts=PROMPTS, options=given.options, ranks=2)
-        own, shared = outcomes(tmp_path / "cache", [one, two], pass_fds=given.options.values())
+        own, shared = vllm.outcomes([one, two])
     assert (own.error, shared.error) == ("", "")
     assert shared.tokens == own.tokens
 
 
 @pytest.mark.timeout(300)
-def test_smollm2_says_the_same_as_with_vllms_own_loader(tmp_path: Path) -> None:
+def test_smollm2_says_the_same_as_with_vllms_own_loader(vllm: Vllm) -> None:
     # Looked for now, not at collection: in a new checkout tests/e2e, which comes before, makes it.
     made = list(DEMO_CACHE.glob("demo-*/smollm2-135m"))
     if not made:
         pytest.skip("the demo model was never made here")
-    same_tokens(tmp_path / "cache", made[0])
+    same_tokens(vllm, made[0])
 
 
 def test_vllm_finds_in_a_leased_folder_what_it_finds_in_shards(directory: Path, vllm_config: Any) -> None:
@@ -92,12 +98,12 @@ def test_vllm_finds_in_a_leased_folder_what_it_finds_in_shards(directory: Path, 
 
 
 @pytest.mark.timeout(300)
-def test_an_own_lm_head_counts_though_the_configuration_says_it_is_tied(tmp_path: Path) -> None:
+def test_an_own_lm_head_counts_though_the_configuration_says_it_is_tied(vllm: Vllm, tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "model", dtype="float32", tokenizer=False)
     config = json.loads((directory / "config.json").read_text())
     assert not config["tie_word_embeddings"]
     (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    same_tokens(tmp_path / "cache", directory)
+    same_tokens(vllm, directory)
 
 
 def test_importing_the_plug_in_imports_neither_vllm_nor_torch() -> None:

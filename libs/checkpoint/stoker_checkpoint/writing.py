@@ -57,9 +57,12 @@ class Writer:
     def close(self) -> None:
         """Wait for what the threads do; blocks. After the last call. Idempotent."""
         self._native.close()
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._native.fileno())
-        self._loop = None
+        loop, self._loop = self._loop, None
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._forget, loop)  # since it blocks it is called from a thread
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.remove_reader(self._native.fileno())
 
     def _begin(self, ticket: int, held: memoryview | None = None) -> asyncio.Future[int]:
         loop = asyncio.get_running_loop()

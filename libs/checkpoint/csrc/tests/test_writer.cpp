@@ -77,6 +77,26 @@ TEST(a_call_that_fails_gives_its_errno_and_the_next_ones_go_on) {
     CHECK(found[written] == 100);
 }
 
+TEST(files_are_opened_and_renamed_and_what_is_missing_is_an_errno) {
+    files::Directory directory;
+    const std::string path = directory.write(files::pattern(5, 100));
+    Writer writer(2);
+    const std::uint64_t opened = writer.open(path, O_RDONLY, 0600);
+    const std::uint64_t missing = writer.open(path + "-missing", O_RDONLY, 0600);
+    auto found = results(writer, 2);
+    const Fd fd(static_cast<int>(found[opened]));
+    CHECK((::fcntl(fd.get(), F_GETFD) & FD_CLOEXEC) != 0);
+    CHECK(found[missing] == -ENOENT);
+
+    const std::uint64_t renamed = writer.rename(path, path + "-new");
+    CHECK(results(writer, 1).at(renamed) == 0);
+    CHECK(contents(path + "-new", 100) == files::pattern(5, 100));
+    const std::uint64_t gone = writer.rename(path, path + "-newer");
+    CHECK(results(writer, 1).at(gone) == -ENOENT);
+    const std::uint64_t back = writer.rename(path + "-new", path);
+    CHECK(results(writer, 1).at(back) == 0);
+}
+
 TEST(closing_does_what_is_queued_first_and_nothing_after) {
     files::Directory directory;
     const std::string path = directory.write({});

@@ -47,6 +47,7 @@ def load(
             help="One contestant right after the other, in memory the one before gave back. Default: alone, rested."
         ),
     ] = False,
+    rest_s: Annotated[float, typer.Option(min=0, help="Seconds of rest before each measurement.")] = 5.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Time cold loads of a checkpoint, and one from the warm pool, beside the raw device and other loaders.
@@ -75,7 +76,15 @@ def load(
         typer.echo(line)
     with _work(work) as directory:
         run = partial(
-            _measure, directory, names, rounds, device=device, pool_gb=pool_gb, together=together, verify=verify
+            _measure,
+            directory,
+            names,
+            rounds,
+            device=device,
+            pool_gb=pool_gb,
+            together=together,
+            verify=verify,
+            rest_s=rest_s,
         )
         if sweep:
             measured = [one for case in _sweep_cases() for one in run(case)]
@@ -114,6 +123,7 @@ def _measure(
     pool_gb: float | None,
     together: bool,
     verify: bool,
+    rest_s: float,
 ) -> list[Round]:
     """Rounds with their ratios, of one checkpoint. Raises SetupFailed if disk or memory are too small."""
     from stoker_cli.bench import load_run
@@ -131,6 +141,7 @@ def _measure(
             together=together,
             logs=work,
             say=typer.echo,
+            rest_s=rest_s,
         )
         measured = bench.run(rounds, verify=verify)
     finally:

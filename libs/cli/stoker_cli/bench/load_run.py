@@ -37,7 +37,7 @@ LOAD_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 30.0
 SAMPLE_S = 0.005
 REST_S = 5.0
-"""Before each measurement: a disk may have a burst to give, and a virtual machine's host takes free memory back in seconds."""
+"""Usual before each measurement: a disk may have a burst to give, and a virtual machine's host takes free memory back in seconds."""
 CACHED_MAX = 0.02
 DROPS = 5
 DROP_PAUSE_S = 0.2
@@ -136,8 +136,10 @@ class Bench:
         together: bool,
         logs: Path,
         say: Callable[[str], None],
+        rest_s: float = REST_S,
     ) -> None:
         """together: one contestant right after the other, in memory that the one before gave back; else each alone, after a rest."""
+        self._rest_s = rest_s
         self._checkpoint, self._names, self._device, self._pool_bytes = checkpoint, names, device, pool_bytes
         self._together, self._logs, self._say = together, logs, say
 
@@ -164,7 +166,7 @@ class Bench:
         groups = [order] if self._together else [[name] for name in order]
         for group in groups:
             with ExitStack() as stack:
-                rested_s = time.monotonic() + REST_S
+                rested_s = time.monotonic() + self._rest_s
                 children = {name: stack.enter_context(self._child(name)) for name in self._processes(group)}
                 for child in children.values():
                     child.wait_ready()

@@ -49,6 +49,7 @@ def tiers(
         Path | None, typer.Option(help="Where files are made, and kept. Default: in STOKER_HOME, and removed.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare what clients get with the model's files once.")] = True,
+    rest_s: Annotated[float, typer.Option(min=0, help="Seconds of rest before each measurement.")] = 0.5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Time a model's way to a client from every tier, beside the stages of that way alone, and its way to many nodes.
@@ -80,7 +81,7 @@ def tiers(
         make_checkpoint.need_room(directory, COPIES * checkpoint.total_bytes)
         fan = _model(directory, fan_gb) if fanned else None
         files = Work(directory=directory, checkpoint=checkpoint, fan=fan)
-        bench = Bench(files, names, cap_bytes_per_s=round(cap_mb * 1e6), say=typer.echo)
+        bench = Bench(files, names, cap_bytes_per_s=round(cap_mb * 1e6), say=typer.echo, rest_s=rest_s)
         measured = asyncio.run(bench.run(rounds, verify=verify))
     if fanned:
         typer.echo("fan-out: no copies on SSDs; every node's network is capped in each direction")

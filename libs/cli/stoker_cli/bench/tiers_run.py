@@ -48,10 +48,18 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bench:
-    def __init__(self, work: Work, names: Sequence[str], *, cap_bytes_per_s: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        work: Work,
+        names: Sequence[str],
+        *,
+        cap_bytes_per_s: int,
+        say: Callable[[str], None],
+        rest_s: float = REST_S,
+    ) -> None:
         """names: of WAYS and FANS, what is measured."""
         self._work, self._names, self._say = work, names, say
-        self._cap_bytes_per_s = cap_bytes_per_s
+        self._cap_bytes_per_s, self._rest_s = cap_bytes_per_s, rest_s
         self._settings = load(StoreagentSettings, {})
 
     async def run(self, rounds: int, *, verify: bool) -> list[Round]:
@@ -68,7 +76,7 @@ class Bench:
             for number in range(rounds):
                 found: Round = {}
                 for name in rotated(self._names, number):
-                    await asyncio.sleep(REST_S)
+                    await asyncio.sleep(self._rest_s)
                     found |= await measure(name, False)
                 seconds = (f"{name[:-2]} {value:.3f} s" for name, value in found.items() if name.endswith("_s"))
                 self._say(f"round {number + 1} of {rounds}: {', '.join(seconds)}")
