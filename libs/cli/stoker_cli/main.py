@@ -13,6 +13,7 @@ import typer
 
 from stoker_cli import output
 from stoker_cli.bench.app import app as bench
+from stoker_cli.sim.app import app as sim
 from stoker_core.errors import InvalidSettings, StokerError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(sim, name="sim")
 
 Url = Annotated[str | None, typer.Option("--url", help="Gateway to talk to. Default: the system of STOKER_HOME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
@@ -236,6 +238,66 @@ def nodes(url: Url = None, as_json: Json = False) -> None:
     from stoker_cli import answers, render
 
     _list(url, "/admin/v1/nodes", as_json, answers.Nodes, lambda found: render.nodes_table(found.nodes))
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="The node.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Use it again instead.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Return once nothing is left there, or at once.")
+    ] = True,
+    url: Url = None,
+) -> None:
+    """Empty a node: nothing new starts there, and what runs ends with its requests. It lasts until it is undone.
+
+    \b
+    stoker drain node-a
+    stoker drain node-a --no-wait
+    stoker drain node-a --undo
+    """
+    from stoker_cli import drain as draining
+    from stoker_cli.client import connect
+
+    async def call() -> None:
+        async with connect(_gateway_url(url)) as gateway:
+            if undo:
+                await draining.undo(gateway, node)
+                typer.echo(f"{node} may be used again")
+            else:
+                await draining.drain(gateway, node, wait=wait, say=lambda line: print(line, flush=True))
+
+    with suppress(KeyboardInterrupt):  # it goes on being drained
+        asyncio.run(call())
+
+
+@app.command()
+def why(
+    name: Annotated[str, typer.Argument(metavar="MODEL|INSTANCE", help="A model's name, or an instance's id.")],
+    last: Annotated[int, typer.Option(help="How many decisions of a model, the newest first.", min=1, max=200)] = 3,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Say why a model was placed where it was: the ways there were, what was predicted of each, and what happened.
+
+    \b
+    stoker why smollm2-135m
+    stoker why i-1m7xxbwamdxsxkapd90jb
+    stoker why smollm2-135m --json | jq '.decisions[0].error'
+    """
+    from stoker_cli import why as explaining
+    from stoker_cli.answers import Decisions
+    from stoker_cli.client import connect, parse
+
+    async def call() -> Any:
+        async with connect(_gateway_url(url)) as gateway:
+            return await explaining.decisions(gateway, name, last)
+
+    answer = asyncio.run(call())
+    if as_json:
+        output.as_json(answer)
+    else:
+        explaining.show(parse(answer, Decisions))
 
 
 @app.command()

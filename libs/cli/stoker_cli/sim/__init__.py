@@ -1,0 +1,1 @@
+"""`stoker sim`: policies compared on clusters that are simulated."""
