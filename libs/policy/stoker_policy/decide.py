@@ -40,12 +40,17 @@ def decide(cluster: Cluster) -> Decided:
     for one in stops:
         reserved.leaving[one.instance_id] = STOP_S
     placements = []
-    for model, missing in wanting(cluster):
-        for _ in range(missing):
-            decision = place(cluster, model, reserved, cluster.demands)
+    turn = wanting(cluster)
+    while turn:  # one instance each before anybody gets a second
+        further = []
+        for model, missing in turn:
+            # Who waits may displace others, but for those who wait too and instances of its own model; who does not wait, nobody.
+            spared = {*cluster.demands, model.model_id} if model.model_id in cluster.demands else cluster.models
+            decision = place(cluster, model, reserved, spared)
             placements.append(decision)
-            if not decision.commands:
-                break  # another one of it would find no more room
+            if decision.commands and missing > 1:  # without any, another one of it would find no more room
+                further.append((model, missing - 1))
+        turn = further
     return Decided(stops=tuple(stops), placements=tuple(placements), prepares=tuple(prepare(cluster)))
 
 

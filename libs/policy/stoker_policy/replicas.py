@@ -70,7 +70,7 @@ def wanted(limits: Limits, samples: Iterable[Load], *, ready: int, slots: int) -
     - Nothing in hand for all of 60 s is 0 at once. While the samples do not go back that far nothing is stopped (a new
       leader has none; Knative holds what runs by starting in panic).
     - Where none is ready, what is in hand now decides at once: as many as it fills; none if nobody waits, since a
-      restart for an average would undo what the keep-alive did.
+      restart for an average would undo what the keep-alive did. So it does where somebody waits beside ready ones.
     """
     history = sorted(samples, key=lambda s: (s.age_ms, -s.concurrency, -s.ready))
     target = limits.target(slots)
@@ -88,8 +88,10 @@ def wanted(limits: Limits, samples: Iterable[Load], *, ready: int, slots: int) -
     burst = _burst(history, curve, ready, target)
     if burst > count:
         count, why = burst, f"a burst: up to {curve.peak} in hand at {target:.3g} each"
-    if ready == 0 and count < (at_once := math.ceil(now / max(1, slots))):
-        count, why = at_once, f"none ready, {now} in hand for {slots} slots each"
+    # A gateway's word of its queue is up to 2 s old: what has just become ready may have taken all of it by now.
+    waits = all(load.queued and load.ready for load in history[:2])
+    if (ready == 0 or waits) and count < (at_once := math.ceil(now / max(1, slots))):
+        count, why = at_once, f"somebody waits: {now} in hand for {slots} slots each"
     if curve.oldest_ms < STABLE_MS and count < ready:
         count, why = ready, f"its load is known for {curve.oldest_ms / 1000:.3g} s only: none is stopped yet"
     return _within(limits, count, panic=burst > 0, reason=why)

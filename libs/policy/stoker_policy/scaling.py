@@ -27,10 +27,12 @@ class Scaling:
     def note(self, model: ModelSpec, now_ms: int, *, running: int, queued: int, ready: int) -> None:
         """Take what is in hand of a model now."""
         model_id = model.model_id
+        if not (running or queued or ready or model.min_replicas > 0 or model_id in self._ready):
+            return  # not in use
         self._loads.note(model_id, now_ms, running=running, queued=queued, ready=ready)
         known = self._ready.get(model_id)
         self._ready[model_id] = ready
-        if known is None or (queued > 0 and ready == 0) or ready != known:
+        if known is None or queued > 0 or ready != known:
             self._due.put(model_id, now_ms)
 
     def forget(self, model_id: str) -> None:
@@ -49,7 +51,12 @@ class Scaling:
                 target_concurrency=model.target_concurrency,
             )
             samples = self._loads.samples(model_id, now_ms)
-            self._replicas[model_id] = wanted(limits, samples, ready=self._ready[model_id], slots=model.slots)
+            ready = self._ready[model_id]
+            found = wanted(limits, samples, ready=ready, slots=model.slots)
+            if found.count == 0 and ready == 0:
+                self.forget(model_id)  # it comes back with its next request
+                continue
+            self._replicas[model_id] = found
             self._due.put(model_id, now_ms + INTERVAL_MS)
 
     def counts(self) -> dict[str, Replicas]:
