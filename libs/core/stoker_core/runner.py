@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -47,7 +46,6 @@ async def run_parts(parts: Sequence[Part], stop: asyncio.Event, *, drain_s: floa
         if not stop.is_set():
             raise RuntimeError(f"{part.name} ended by itself")
 
-    gc.freeze()  # what was imported stays: collections need not go through it again and again
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(guarded(part), name=part.name) for part in parts]
         await stop.wait()

@@ -7,7 +7,6 @@ themselves: who asks knows how long it may take, and goes on where a read broke 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -90,7 +89,6 @@ class S3Session:
                     client = await closing.enter_async_context(session.client("s3", **_options(settings)))
         except ValueError as error:  # the client's word for a URL that is none; ours was checked
             raise InvalidSettings("AWS_ENDPOINT_URL, or the configuration of AWS, names no usable endpoint") from error
-        gc.freeze()  # what describes S3 is many objects, and stays: collections need not go through it
         return cls(client, settings, closing)
 
     async def close(self) -> None:
