@@ -166,7 +166,7 @@ def test_a_model_is_deployed_listed_answers_and_is_deleted(system: System, tmp_p
     for kind in ("stoker.node.joined", "stoker.model.registered", "stoker.instance.ready", "stoker.model.deleted"):
         assert kind in kinds
     some = system.run("events", "--no-follow", "--filter", "model.*").stdout.splitlines()
-    assert len(some) == 2
+    assert len(some) == 3, "registered, decided about, deleted"
 
 
 def test_a_second_system_in_the_same_home_is_refused(system: System) -> None:

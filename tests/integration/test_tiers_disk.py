@@ -44,9 +44,10 @@ class Writes:
         self._write = Writer.write
 
     async def write(self, writer: Writer, fd: int, data: memoryview, offset: int) -> int:
-        if self.error is not None and "/ssd/parts/" in os.readlink(f"/proc/self/fd/{fd}"):
+        error = self.error  # the test may change it from another thread
+        if error is not None and "/ssd/parts/" in os.readlink(f"/proc/self/fd/{fd}"):
             if self.room_bytes < len(data):
-                raise OSError(self.error, os.strerror(self.error))
+                raise OSError(error, os.strerror(error))
             self.room_bytes -= len(data)
         return await self._write(writer, fd, data, offset)
 

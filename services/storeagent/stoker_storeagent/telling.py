@@ -17,7 +17,7 @@ class Telling:
     def __init__(self, on_bytes: OnBytes) -> None:
         self._on_bytes = on_bytes
         self._loop = asyncio.get_running_loop()
-        self._told_s = self._loop.time()
+        self._told_s = float("-inf")  # the first is told at once
         self._done = self._told = 0
 
     def came(self, size_bytes: int) -> None:
