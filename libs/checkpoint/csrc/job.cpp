@@ -1,6 +1,5 @@
 #include "job.hpp"
 
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,16 +9,6 @@
 #include "chunk.hpp"
 
 namespace stoker {
-
-namespace {
-
-Fd create_event() {
-    Fd fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-    if (fd.get() < 0) throw_errno("eventfd");
-    return fd;
-}
-
-}  // namespace
 
 Job::Job(std::vector<std::unique_ptr<File>> files, std::vector<Extent> extents, std::shared_ptr<Board> board,
          std::uint32_t block_bytes, bool hold, bool recover)

@@ -1,6 +1,7 @@
 #include "memory.hpp"
 
 #include <fcntl.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -73,6 +74,12 @@ Fd duplicate(int fd) {
     Fd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
     if (copy.get() < 0) throw_errno("fcntl(F_DUPFD_CLOEXEC)");
     return copy;
+}
+
+Fd create_event() {
+    Fd fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (fd.get() < 0) throw_errno("eventfd");
+    return fd;
 }
 
 int advise(std::byte* address, std::size_t size, int advice) {

@@ -71,6 +71,9 @@ std::size_t sealed_size(int fd);
 /// Another descriptor of the same open file, close-on-exec.
 Fd duplicate(int fd);
 
+/// A new eventfd of 0, close-on-exec, that nobody blocks on.
+Fd create_event();
+
 /// madvise, repeated when a signal interrupts it; 0 or the errno.
 int advise(std::byte* address, std::size_t size, int advice);
 

@@ -15,12 +15,6 @@ namespace stoker {
 
 namespace {
 
-Fd make_event() {
-    Fd fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-    if (fd.get() < 0) throw_errno("eventfd");
-    return fd;
-}
-
 std::int64_t result_of(const std::function<std::int64_t()>& call) {
     std::int64_t result;
     do {
@@ -31,7 +25,7 @@ std::int64_t result_of(const std::function<std::int64_t()>& call) {
 
 }  // namespace
 
-Writer::Writer(std::uint32_t threads) : event_(make_event()) {
+Writer::Writer(std::uint32_t threads) : event_(create_event()) {
     if (threads == 0 || threads > kThreadsMax) throw std::invalid_argument("threads are not within 1 to 64");
     try {
         while (threads_.size() < threads) threads_.push_back(start_thread("stoker-write", [this] { run(); }));

@@ -1,7 +1,7 @@
 """What may wait for a disk while files are written, in native threads, for one event loop.
 
 A thread of Python has to have the interpreter's lock before and after each call of the kernel, and while it is woken for
-that the event loop stands still: with a write for every 2 MiB that cost a download a third of its speed on two cores.
+that the event loop may have to wait for it.
 """
 
 from __future__ import annotations

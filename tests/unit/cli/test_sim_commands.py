@@ -36,7 +36,6 @@ def test_paper_prints_a_row_for_each_policy_beside_the_papers_figures_and_writes
 
 
 def test_plots_are_png_files_one_for_each_model_and_dataset(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
     invoke("paper", "--quick", "--requests", "5", "--policies", "cache,serverlessllm", "--plots", str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "sim-paper-opt-6.7b-gsm8k.png",

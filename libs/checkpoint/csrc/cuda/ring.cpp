@@ -2,7 +2,6 @@
 
 #include <linux/futex.h>
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -262,8 +261,7 @@ Feeder::Feeder(std::shared_ptr<const Ring> ring, std::shared_ptr<Board> board, s
       pool_(std::move(pool)),
       spans_(std::move(spans)),
       ring_board_(RingBoard::create(board_->positions(), ring_->slots(), ring_->device().uuid)),
-      ended_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (ended_.get() < 0) throw_errno("eventfd");
+      ended_(create_event()) {
     if (spans_.size() != board_->positions()) throw std::invalid_argument("not one span per position");
     for (const Span& span : spans_) {
         if (span.offset > kChunkBytes || span.size > kChunkBytes - span.offset) {
