@@ -81,3 +81,12 @@ def unpack_tokens(data: bytes) -> Sequence[int]:
     if sys.byteorder == "big":
         ids.byteswap()
     return ids
+
+
+def spelled_out(value: Any) -> Any:
+    """Plain data with every field: a message leaves defaults out, but what is kept or shown must not change with a later default."""
+    if isinstance(value, msgspec.Struct):
+        return {name: spelled_out(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, tuple):
+        return [spelled_out(item) for item in value]
+    return msgspec.to_builtins(value)

@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
+from stoker_contracts.codec import spelled_out
 from stoker_contracts.decisions import DecisionRecord, Outcome
 from stoker_db.pg.session import Session
 from stoker_db.tables import DECISION_IS_CONCLUDED, decisions
@@ -65,12 +66,3 @@ class PgDecisions:
         async with self._session.transaction() as connection:
             rows = (await connection.execute(query)).all()
         return [msgspec.convert(row, DecisionRecord, from_attributes=True) for row in rows]
-
-
-def spelled_out(value: Any) -> Any:
-    """Plain data with every field: a message leaves defaults out, but what is stored must not change with a later default."""
-    if isinstance(value, msgspec.Struct):
-        return {name: spelled_out(getattr(value, name)) for name in value.__struct_fields__}
-    if isinstance(value, tuple):
-        return [spelled_out(item) for item in value]
-    return msgspec.to_builtins(value)

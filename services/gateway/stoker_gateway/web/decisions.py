@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 from aiohttp import web
 
+from stoker_contracts.codec import spelled_out
 from stoker_contracts.decisions import DecisionRecord
 from stoker_core.errors import InstanceNotFound, InvalidRequest
 from stoker_db.ports import Decisions
@@ -52,7 +51,7 @@ class DecisionRoutes:
         names = {spec.model_id: spec.name for spec in self.catalogue.all()}
         found = [
             {
-                **_spelled_out(record),
+                **spelled_out(record),
                 "model": names.get(record.model_id, record.model_id),
                 "error": record.error,
                 "load_error": record.load_error,
@@ -68,12 +67,3 @@ def _limit(given: str | None) -> int:
     if not given.isdecimal() or len(given) > 9 or not 1 <= int(given) <= LIMIT_MAX:
         raise InvalidRequest(f"limit: must be a number from 1 to {LIMIT_MAX}", "limit")
     return int(given)
-
-
-def _spelled_out(value: Any) -> Any:
-    """With all fields, also those at their defaults, which a contract's own encoding leaves out."""
-    if isinstance(value, msgspec.Struct):
-        return {name: _spelled_out(getattr(value, name)) for name in value.__struct_fields__}
-    if isinstance(value, tuple):
-        return [_spelled_out(item) for item in value]
-    return value
